@@ -1,0 +1,64 @@
+"""Work in fixed chunks over any number of ranks, each chunk's file committed on its own, so that an interruption costs one chunk.
+
+What a chunk holds depends on its number alone, never on which rank made it or when.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mates.engine.distributed import World
+from mates.engine.progress import Progress, say
+from mates.preprocess import artifact
+
+PLAN = "plan.json"
+
+
+def run_chunks(
+    directory: Path,
+    *,
+    plan: Mapping[str, Any],
+    chunks: int,
+    file_name: Callable[[int], str],
+    make: Callable[[int, Path], None],
+    world: World,
+    label: str,
+) -> float:
+    """Make the missing chunk files of ``directory``; rank r makes chunks r, r + size, ….
+
+    Args:
+        plan: all that the chunks' contents depend on; files that were left by another plan are removed, loudly.
+        make: writes one chunk's file (atomically).
+
+    Returns:
+        Seconds that this rank worked.
+    """
+    world.same(lambda: _adopt(directory, artifact.normalise(dict(plan)), label))
+    own = [number for number in range(chunks) if number % world.size == world.rank]
+    missing = [number for number in own if not (directory / file_name(number)).exists()]
+    start = time.perf_counter()
+    with Progress(label, len(own), "chunk", done=len(own) - len(missing), enabled=world.first) as progress:
+        for number in missing:
+            make(number, directory / file_name(number))
+            progress.add()
+    seconds = time.perf_counter() - start
+    world.barrier()
+    return seconds
+
+
+def _adopt(directory: Path, plan: Mapping[str, Any], label: str) -> None:
+    """Keep earlier chunks where they were made by the same plan."""
+    path = directory / PLAN
+    if path.exists():
+        try:
+            if artifact.read_json(path) == plan:
+                return
+        except artifact.ArtifactError:
+            pass
+        say(f"{label}: unfinished work in {directory} was made for other inputs or settings; starting over")
+        shutil.rmtree(directory)
+    artifact.write_json(path, plan)

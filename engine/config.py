@@ -1,0 +1,440 @@
+"""The recipe: everything that a run depends on, as frozen dataclasses. Imports no torch, so ``--help`` is instant.
+
+Values are checked when the objects are made; a bad one raises :class:`RecipeError` naming the field by its dotted name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+SAMPLE = "sample"  # the word in place of a path that asks for the embedded corpus or its reference task
+
+Method = Literal["random", "mates", "mates-topk"]
+
+
+class RecipeError(ValueError):
+    """A recipe value is impossible. The message names the field, the value found and what is expected."""
+
+
+def require(condition: bool, name: str, found: object, expected: str) -> None:
+    """Raise RecipeError naming the field unless ``condition`` holds."""
+    if not condition:
+        raise RecipeError(f"{name}: found {found!r}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What text is read and which share of the documents goes where."""
+
+    inputs: list[str] = field(default_factory=lambda: [SAMPLE])
+    """Files, folders or globs of documents (.json.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), read in the order given; ``sample``
+    stands for the embedded corpus."""
+    text_field: str = "text"
+    """Name of the field or column that holds a document's text."""
+    sample_bytes: int | None = None
+    """Upper bound on the text of the embedded corpus, in bytes; null takes all there is."""
+    pool_share: float = 0.05
+    """Share of documents (0 to 1) kept for probing: samples of them are probed and never trained on."""
+    holdout_share: float = 0.02
+    """Share of documents (0 to 1) kept for the held-out language-model loss."""
+    split_seed: int = 0
+    """Key of the hash of a document's text that sends it to the train, pool or holdout corpus."""
+
+    def __post_init__(self) -> None:
+        require(len(self.inputs) > 0, "corpus.inputs", self.inputs, "at least one file, folder or glob")
+        require(self.text_field != "", "corpus.text_field", self.text_field, "a field name")
+        require(0 < self.pool_share < 1, "corpus.pool_share", self.pool_share, "a share above 0 and below 1")
+        require(0 < self.holdout_share < 1, "corpus.holdout_share", self.holdout_share, "a share above 0 and below 1")
+        require(
+            self.pool_share + self.holdout_share < 1,
+            "corpus.pool_share + corpus.holdout_share",
+            self.pool_share + self.holdout_share,
+            "a sum below 1, or nothing is left to train on",
+        )
+        require(
+            self.sample_bytes is None or self.sample_bytes >= 100_000,
+            "corpus.sample_bytes",
+            self.sample_bytes,
+            "null or at least 100000 bytes",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The language model's tokenizer: taken from ``path``, or trained on the corpus."""
+
+    path: str | None = None
+    """An existing tokenizer: a tokenizer.json, a folder that holds one, a sentencepiece .model, or a name on the model hub; null
+    trains one on the first documents of the corpus."""
+    kind: Literal["bpe", "sentencepiece"] = "bpe"
+    """What is trained where ``path`` is null: byte-level BPE (Hugging Face tokenizers) or a sentencepiece BPE model."""
+    vocab_size: int = 4096
+    """Entries of a trained vocabulary, the end-of-document token included."""
+    train_bytes: int = 20_000_000
+    """Text that a tokenizer is trained on, in bytes."""
+    end_of_document: str | None = None
+    """The token put after each document; null takes the tokenizer's own (<|endoftext|> or </s>)."""
+
+    def __post_init__(self) -> None:
+        require(300 <= self.vocab_size <= 2**24, "tokenizer.vocab_size", self.vocab_size, "300 to 16777216 entries")
+        require(self.train_bytes >= 100_000, "tokenizer.train_bytes", self.train_bytes, "at least 100000 bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The task whose loss says whether a sample helped."""
+
+    source: str = SAMPLE
+    """A JSON-lines file of passages in LAMBADA's form (field ``text``; the last word is to be predicted); ``sample`` stands for the
+    task made from held-out prose of the embedded corpus."""
+    name: str = "last-word"
+    """The task's name: it becomes the suffix of label columns (``influence_nats.NAME``)."""
+    items: int = 128
+    """Passages in the reference set, drawn from the train half; the probe's cost is proportional to it."""
+    test_items: int = 512
+    """Passages in the held-out test set, drawn from the other half (fewer where there are fewer)."""
+
+    def __post_init__(self) -> None:
+        require(self.items >= 2, "reference.items", self.items, "at least 2 passages")
+        require(self.test_items >= 2, "reference.test_items", self.test_items, "at least 2 passages")
+        require(
+            self.name.replace("-", "").replace("_", "").isalnum(),
+            "reference.name",
+            self.name,
+            "letters, digits, '-' and '_' only",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model's shape. Fields left null come from ``preset``, or without one from a 1.6M-parameter GPT-NeoX."""
+
+    preset: str | None = None
+    """A known shape: pythia-14m, -31m, -70m, -160m, -410m, -1b, -1.4b, -2.8b, -6.9b or -12b."""
+    family: Literal["gpt_neox", "llama"] | None = None
+    """Architecture, as transformers names it."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    layers: int | None = None
+    """Transformer blocks."""
+    heads: int | None = None
+    """Attention heads."""
+    kv_heads: int | None = None
+    """Key/value heads (llama only; null: as many as ``heads``)."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward layer."""
+    max_positions: int | None = None
+    """Longest sequence in tokens."""
+    tie_embeddings: bool | None = None
+    """Whether input and output embeddings are one matrix."""
+    vocab_multiple: int = 64
+    """The embedding has a row for each token id, rounded up to a multiple of this."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_positions"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name}", value, "null or at least 1")
+        require(self.vocab_multiple >= 1, "model.vocab_multiple", self.vocab_multiple, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Training: data order comes from the stage's selection index; the optimizer is AdamW under DeepSpeed ZeRO."""
+
+    sequence_length: int = 128
+    """Tokens of one training sample; a sample's labels are its tokens shifted by one."""
+    batch_size: int = 32
+    """Samples in one optimizer step, over all ranks."""
+    micro_batch_size: int = 16
+    """Samples in one forward pass on one rank; the rest of a rank's share is accumulated."""
+    stages: int = 3
+    """Stages of training; stage 0 trains on random data, each later one on data selected with the stage before it."""
+    steps_per_stage: int = 100
+    """Optimizer steps in a stage."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """Learning-rate schedule: warm-up and then constant (the decay happens in the evaluation's branch), or warm-up and cosine to
+    ``min_lr_share``."""
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up from 0."""
+    min_lr_share: float = 0.1
+    """Cosine only: the last step's learning rate as a share of ``lr``."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of forward and backward; master weights and moments are fp32 in either case."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage: 0 replicates all, 1 shards moments, 2 also gradients, 3 also weights."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints inside a stage, each of which can be resumed from; the stage's end is always saved."""
+    log_every: int = 10
+    """Optimizer steps between log lines."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size", "micro_batch_size", "steps_per_stage", "checkpoint_every", "log_every"):
+            require(getattr(self, name) >= 1, f"pretrain.{name}", getattr(self, name), "at least 1")
+        require(self.stages >= 1, "pretrain.stages", self.stages, "at least 1")
+        require(self.warmup_steps >= 0, "pretrain.warmup_steps", self.warmup_steps, "0 or more")
+        require(
+            self.warmup_steps <= self.total_steps,
+            "pretrain.warmup_steps",
+            self.warmup_steps,
+            f"at most stages x steps_per_stage = {self.total_steps}",
+        )
+        require(0 <= self.min_lr_share <= 1, "pretrain.min_lr_share", self.min_lr_share, "a share from 0 to 1")
+        require(0 < self.lr < math.inf, "pretrain.lr", self.lr, "a learning rate above 0")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"pretrain.{name}", getattr(self, name), "from 0 to below 1")
+        require(self.eps > 0, "pretrain.eps", self.eps, "above 0")
+        require(self.weight_decay >= 0, "pretrain.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip_norm > 0, "pretrain.clip_norm", self.clip_norm, "above 0")
+        require(self.zero_stage in (0, 1, 2, 3), "pretrain.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages * self.steps_per_stage
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Label tokens in one optimizer step, over all ranks."""
+        return self.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Oracle influences: one optimizer step on a sample, and how the reference loss moves."""
+
+    method: Literal["exact"] = "exact"
+    """``exact``: a literal AdamW step on each sample and a forward pass over the whole reference."""
+    samples: int = 256
+    """Samples of the pool probed at each stage."""
+    precision: Literal["fp32", "fp64"] = "fp32"
+    """Arithmetic of the probe."""
+    reference_batch_tokens: int = 8192
+    """Padded tokens in one forward pass over the reference."""
+    chunk_size: int = 16
+    """Samples in one unit of work; finished units survive an interruption."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 20, "probe.samples", self.samples, "at least 20, or there is nothing to fit and test on")
+        for name in ("reference_batch_tokens", "chunk_size"):
+            require(getattr(self, name) >= 1, f"probe.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """The influence model: a BERT-architecture encoder, mean-pooled over chunks, with a regression head."""
+
+    encoder: str | None = None
+    """A pretrained encoder by path or name on the model hub (bert-base-uncased in the paper): it reads the sample's text through its
+    own tokenizer. Null makes a small BERT from scratch that reads the corpus' token ids as they are."""
+    hidden_size: int = 128
+    """Width of an encoder made from scratch."""
+    layers: int = 2
+    """Blocks of an encoder made from scratch."""
+    heads: int = 2
+    """Attention heads of an encoder made from scratch."""
+    chunk_tokens: int = 512
+    """Encoder tokens in a chunk; a sample is cut into chunks and its token vectors are averaged over all of them."""
+    max_chunks: int = 2
+    """Chunks of a sample that are read; what lies beyond is not seen."""
+    epochs: int = 5
+    """Passes over the training labels; the epoch with the best validation loss is kept."""
+    batch_size: int = 16
+    """Samples in one step."""
+    lr: float = 5e-5
+    """Peak learning rate of AdamW; linear warm-up over the first tenth, then linear to 0."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices."""
+    warm_start: bool = True
+    """Start from the previous stage's influence model where there is one."""
+    validation_share: float = 0.1
+    """Share of labels (by hash of the sample id) that chooses the epoch."""
+    test_share: float = 0.2
+    """Share of labels (by hash of the sample id) that Spearman and Pearson are reported on."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "max_chunks", "epochs", "batch_size"):
+            require(getattr(self, name) >= 1, f"fit.{name}", getattr(self, name), "at least 1")
+        require(self.chunk_tokens >= 8, "fit.chunk_tokens", self.chunk_tokens, "at least 8")
+        require(self.hidden_size % self.heads == 0, "fit.hidden_size", self.hidden_size, f"a multiple of fit.heads = {self.heads}")
+        require(self.lr > 0, "fit.lr", self.lr, "above 0")
+        require(self.weight_decay >= 0, "fit.weight_decay", self.weight_decay, "0 or more")
+        for name in ("validation_share", "test_share"):
+            require(0 < getattr(self, name) < 1, f"fit.{name}", getattr(self, name), "a share above 0 and below 1")
+        require(
+            self.validation_share + self.test_share < 0.9,
+            "fit.validation_share + fit.test_share",
+            self.validation_share + self.test_share,
+            "a sum below 0.9",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Scoring of every candidate with the influence model."""
+
+    chunk_size: int = 2048
+    """Samples in one score shard: the unit of work, of resumption and of distribution over ranks."""
+    batch_size: int = 64
+    """Samples in one forward pass; batches form inside a chunk, so scores do not depend on the number of ranks."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder; the head is fp32."""
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "batch_size"):
+            require(getattr(self, name) >= 1, f"score.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Choice of a stage's data from its candidates."""
+
+    ratio: float = 0.2
+    """Selected share of the candidates: a stage has steps x batch / ratio candidates."""
+    temperature: float = 0.5
+    """Temperature of Gumbel-top-k, in standard deviations of the labels: towards 0 plain top-k, large is uniform."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.ratio <= 1, "select.ratio", self.ratio, "a share above 0 and at most 1")
+        require(0 < self.temperature < math.inf, "select.temperature", self.temperature, "above 0 (mates-topk is the limit at 0)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation of a stage's checkpoint after a short branch with decaying learning rate, which is then thrown away."""
+
+    decay_steps: int = 20
+    """Optimizer steps of the branch, linear to 0, on the stage's last samples again; 0 evaluates the checkpoint as it is."""
+    holdout_samples: int = 512
+    """Samples of the holdout corpus in the held-out loss (fewer where there are fewer)."""
+    batch_size: int = 32
+    """Samples in one forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        require(self.decay_steps >= 0, "evaluate.decay_steps", self.decay_steps, "0 or more")
+        for name in ("holdout_samples", "batch_size"):
+            require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How many processes the distributed steps use on this machine."""
+
+    processes: int = 1
+    """Processes (ranks) of pretrain, probe, score and evaluate, started through the deepspeed launcher: one for each GPU, or a share
+    of the cores on a machine without."""
+    threads: int = 0
+    """CPU threads of a process; 0 divides the machine's cores by the processes."""
+    timeout_minutes: float = 30.0
+    """Minutes that a rank waits for another one in a collective before the step fails."""
+    deepspeed: dict[str, object] = field(default_factory=dict)
+    """Further keys of the DeepSpeed configuration, passed through as they are."""
+
+    def __post_init__(self) -> None:
+        require(self.processes >= 1, "launch.processes", self.processes, "at least 1")
+        require(self.threads >= 0, "launch.threads", self.threads, "0 or more")
+        require(self.timeout_minutes > 0, "launch.timeout_minutes", self.timeout_minutes, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run depends on."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: all its artifacts, logs and the report."""
+    data_dir: str | None = None
+    """Folder of tokenizer, corpora and reference; null is ``run_dir``/data. Runs that differ in seed or method can share one."""
+    seed: int = 0
+    """Key of every random choice of the run."""
+    methods: list[Method] = field(default_factory=lambda: ["random", "mates"])
+    """Selection methods that are run, each from the same stage-0 checkpoint: uniform ``random``; ``mates`` (Gumbel-top-k on predicted
+    influences); ``mates-topk`` (plain top-k on them)."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Text and how it is split."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Tokenizer of the language model."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """Reference task."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Language model."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Training."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Oracle influences."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """Influence model."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """Scoring."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Selection."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Evaluation."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        from mates.engine.pretrain.shapes import resolve_shape
+
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
+        require(len(self.methods) > 0, "methods", self.methods, "at least one method")
+        require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
+        shape = resolve_shape(self.model)
+        length = self.pretrain.sequence_length
+        require(
+            length <= shape.max_positions,
+            "pretrain.sequence_length",
+            length,
+            f"at most the model's max_positions = {shape.max_positions}",
+        )
+        share = self.launch.processes
+        require(
+            self.pretrain.batch_size % share == 0,
+            "pretrain.batch_size",
+            self.pretrain.batch_size,
+            f"a multiple of launch.processes = {share}",
+        )
+        per_rank = self.pretrain.batch_size // share
+        require(
+            per_rank % min(per_rank, self.pretrain.micro_batch_size) == 0,
+            "pretrain.micro_batch_size",
+            self.pretrain.micro_batch_size,
+            f"a divisor of batch_size / processes = {per_rank}",
+        )
+        require(
+            self.evaluate.decay_steps <= self.pretrain.steps_per_stage,
+            "evaluate.decay_steps",
+            self.evaluate.decay_steps,
+            f"at most pretrain.steps_per_stage = {self.pretrain.steps_per_stage}: the branch re-reads the stage's last samples",
+        )
+        require(
+            self.fit.encoder is not None or self.fit.chunk_tokens * self.fit.max_chunks >= self.pretrain.sequence_length,
+            "fit.chunk_tokens x fit.max_chunks",
+            self.fit.chunk_tokens * self.fit.max_chunks,
+            f"at least pretrain.sequence_length = {length}, or the encoder would not see whole samples",
+        )
+
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.run_dir)
+
+
+def section_names() -> list[str]:
+    """Names of the recipe's sections (fields that are dataclasses), in order."""
+    scalars = {"run_dir", "data_dir", "seed", "methods"}
+    return [item.name for item in fields(Recipe) if item.name not in scalars]

@@ -1,0 +1,1 @@
+"""Samples over a corpus, the stages' candidate blocks, and the selection index."""

@@ -1,0 +1,73 @@
+"""Samples: fixed-length windows of a corpus' token stream, read straight from the memory map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError, Manifest
+from mates.preprocess.corpus import TOKENS_NAME
+from mates.preprocess.indexed import Indexed, open_indexed
+
+
+def sample_count(tokens: int, length: int) -> int:
+    """Samples of ``length`` tokens in a stream of ``tokens``: floor((tokens − 1) / length), the last token being only a label."""
+    return max(0, (tokens - 1) // length)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus cut into samples: sample i is tokens [i·L, i·L + L + 1) of the stream."""
+
+    directory: Path
+    manifest: Manifest
+    indexed: Indexed
+    length: int
+    """L, the tokens of a sample."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return sample_count(len(self.indexed.tokens), self.length)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the corpus artifact."""
+        return self.manifest.fingerprint
+
+    def windows(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens and next tokens of samples: [n] ids → [n, L + 1] int64. IndexError for an id outside the corpus."""
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.samples):
+            raise IndexError(f"{self.directory}: sample ids {int(ids.min())} to {int(ids.max())} of {self.samples}")
+        result = np.empty((len(ids), self.length + 1), np.int64)
+        for row, sample in enumerate(ids):
+            start = int(sample) * self.length
+            result[row] = self.indexed.tokens[start : start + self.length + 1]
+        return result
+
+    def document_of(self, sample: int) -> int:
+        """Number of the document that a sample's first token belongs to."""
+        offset = sample * self.length * self.indexed.tokens.dtype.itemsize
+        return int(np.searchsorted(self.indexed.pointers, offset, side="right")) - 1
+
+    def info(self, name: str) -> Any:
+        """A figure of the manifest."""
+        return self.manifest.info[name]
+
+
+def open_corpus(directory: Path, length: int, *, verify: bool = False) -> Corpus:
+    """Open a corpus artifact, cut into samples of ``length`` tokens.
+
+    Raises:
+        ArtifactError: no corpus, a damaged one, or one too short for a single sample.
+    """
+    manifest = artifact.verify(directory, "corpus") if verify else artifact.load(directory, "corpus")
+    corpus = Corpus(directory, manifest, open_indexed(directory / TOKENS_NAME, verify=verify), length)
+    if corpus.samples == 0:
+        raise ArtifactError(f"{directory}: {len(corpus.indexed.tokens)} tokens, too few for one sample of {length} + 1")
+    return corpus

@@ -1,0 +1,57 @@
+"""The selection index: which samples a stage trains on, in training order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
+
+INDEX_FILE = "index.npy"
+
+
+@dataclass(frozen=True)
+class SelectionIndex:
+    """``ids`` [n] int64, sample ids of the train corpus in training order."""
+
+    manifest: Manifest
+    ids: npt.NDArray[np.int64]
+
+
+def write_index(
+    request: Request, ids: npt.NDArray[np.int64], *, info: Mapping[str, Any], cost: Cost
+) -> Manifest:
+    """Write the artifact."""
+    with artifact.atomic_file(request.directory / INDEX_FILE) as handle:
+        np.save(handle, np.ascontiguousarray(ids, np.int64), allow_pickle=False)
+    return request.commit(info=info, cost=cost, files=[INDEX_FILE])
+
+
+def read_index(directory: Path, corpus_fingerprint: str) -> SelectionIndex:
+    """Open an index for a corpus.
+
+    Raises:
+        ArtifactError: damaged, of another dtype, or made for another corpus.
+    """
+    manifest = artifact.load(directory, "selection index")
+    made_for = manifest.inputs["corpus"]
+    if made_for != corpus_fingerprint:
+        raise ArtifactError(f"{directory}: selected from corpus {made_for[:12]}, but the train corpus is {corpus_fingerprint[:12]}")
+    return SelectionIndex(manifest, load_array(directory / INDEX_FILE, np.dtype(np.int64), ndim=1))
+
+
+def load_array(path: Path, dtype: np.dtype[Any], ndim: int) -> npt.NDArray[Any]:
+    """Map a ``.npy`` file, never unpickling. ArtifactError for another dtype or number of axes, or a file that is no ``.npy``."""
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ArtifactError(f"{path}: not a readable .npy file ({error})") from error
+    if values.dtype != dtype or values.ndim != ndim:
+        raise ArtifactError(f"{path}: {values.dtype} with {values.ndim} axes, expected {dtype} with {ndim}")
+    return np.asarray(values) if values.size == 0 else values  # type: ignore[no-any-return]

@@ -1,0 +1,108 @@
+"""The data steps of a recipe: embedded corpus, tokenizer, corpora and reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mates.engine.config import SAMPLE, Recipe
+from mates.engine.layout import layout_of
+from mates.engine.pretrain.shapes import resolve_shape
+from mates.engine.progress import say
+from mates.engine.reference.task import Half, make_reference
+from mates.preprocess import artifact
+from mates.preprocess.artifact import Manifest
+from mates.preprocess.corpus import SplitShares, make_corpora, texts_of
+from mates.preprocess.readers import find_inputs
+from mates.preprocess.sample_corpus import write_sample_corpus
+from mates.preprocess.tokenizer import make_tokenizer
+
+SAMPLE_REFERENCE = ("reference-train.jsonl", "reference-test.jsonl")
+
+
+def uses_sample(recipe: Recipe) -> bool:
+    """Whether the recipe reads the embedded corpus or its reference task."""
+    return SAMPLE in recipe.corpus.inputs or recipe.reference.source == SAMPLE
+
+
+def sample_corpus_step(recipe: Recipe) -> Manifest | None:
+    """Write the embedded corpus where the recipe uses it."""
+    if not uses_sample(recipe):
+        return None
+    return write_sample_corpus(layout_of(recipe).sample_corpus, seed=recipe.corpus.split_seed, max_text_bytes=recipe.corpus.sample_bytes, progress=say)
+
+
+def input_files(recipe: Recipe) -> list[Path]:
+    """The recipe's input files, ``sample`` standing for the shards of the embedded corpus."""
+    shards = f"{layout_of(recipe).sample_corpus}/shard-*.json.gz"
+    return find_inputs([shards if item == SAMPLE else item for item in recipe.corpus.inputs])
+
+
+def split_shares(recipe: Recipe) -> SplitShares:
+    """How documents are divided."""
+    return SplitShares(pool=recipe.corpus.pool_share, holdout=recipe.corpus.holdout_share, seed=recipe.corpus.split_seed)
+
+
+def _origin(recipe: Recipe) -> str | None:
+    """The embedded corpus' fingerprint where it is the only input; paths of runs then do not matter."""
+    if recipe.corpus.inputs != [SAMPLE]:
+        return None
+    return artifact.load(layout_of(recipe).sample_corpus, "sample-corpus").fingerprint
+
+
+def tokenizer_step(recipe: Recipe) -> Manifest:
+    """Take or train the tokenizer."""
+    config = recipe.tokenizer
+    inputs: dict[str, str] = {}
+    if config.path is None:
+        origin = _origin(recipe) or [[str(path), path.stat().st_size] for path in input_files(recipe)]
+        inputs["documents"] = artifact.fingerprint_of([origin, recipe.corpus.text_field, recipe.corpus.pool_share, recipe.corpus.holdout_share])
+    return make_tokenizer(
+        layout_of(recipe).tokenizer,
+        path=config.path,
+        kind=config.kind,
+        vocab_size=config.vocab_size,
+        train_bytes=config.train_bytes,
+        end_of_document=config.end_of_document,
+        texts=texts_of(input_files(recipe), recipe.corpus.text_field, split_shares(recipe)) if config.path is None else [],
+        inputs=inputs,
+    )
+
+
+def preprocess_step(recipe: Recipe) -> dict[str, Manifest]:
+    """Tokenize the documents into the train, pool and holdout corpora."""
+    layout = layout_of(recipe)
+    done = make_corpora(
+        layout.corpus("train").parent,
+        inputs=input_files(recipe),
+        text_field=recipe.corpus.text_field,
+        shares=split_shares(recipe),
+        tokenizer_dir=layout.tokenizer,
+        origin=_origin(recipe),
+    )
+    for split, manifest in done.items():
+        say(f"preprocess: {split} corpus of {manifest.info['documents']:,} documents, {manifest.info['tokens']:,} tokens")
+    dropped: dict[str, int] = {}
+    for file in done["train"].info["input_files"]:
+        for reason, count in file["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    if dropped:
+        say("preprocess: dropped " + ", ".join(f"{count:,} ({reason})" for reason, count in sorted(dropped.items())))
+    return done
+
+
+def reference_step(recipe: Recipe) -> dict[Half, Manifest]:
+    """Pack the reference task's two halves."""
+    layout, config = layout_of(recipe), recipe.reference
+    sources = [layout.sample_corpus / name for name in SAMPLE_REFERENCE] if config.source == SAMPLE else [Path(config.source)]
+    done = make_reference(
+        layout.reference("train").parent,
+        sources=sources,
+        name=config.name,
+        items={"train": config.items, "test": config.test_items},
+        tokenizer_dir=layout.tokenizer,
+        max_tokens=resolve_shape(recipe.model).max_positions,
+        seed=recipe.corpus.split_seed,
+    )
+    for half, manifest in done.items():
+        say(f"reference: {half} half with {manifest.info['items']:,} items, {manifest.info['tokens']:,} tokens, {manifest.info['label_tokens']:,} of them labels")
+    return done

@@ -1,0 +1,1 @@
+"""Measuring a checkpoint, the cost of getting there, and telling both."""

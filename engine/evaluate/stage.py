@@ -1,0 +1,155 @@
+"""The evaluate step: a decay branch from a stage's checkpoint, measured and thrown away."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mates.engine.config import Recipe
+from mates.engine.data.corpus import Corpus, open_corpus
+from mates.engine.data.index import read_index
+from mates.engine.distributed import World
+from mates.engine.flops import decoder_forward
+from mates.engine.layout import layout_of
+from mates.engine.pretrain import checkpoint
+from mates.engine.pretrain.model import LabelledLoss, next_token_loss, padded_vocabulary
+from mates.engine.pretrain.schedule import decay_rate, learning_rate
+from mates.engine.pretrain.shapes import resolve_shape
+from mates.engine.pretrain.stage import new_trainer, open_train_corpus, training_flops
+from mates.engine.pretrain.trainer import Trainer
+from mates.engine.progress import Progress, say
+from mates.engine.random import KeyedPermutation
+from mates.engine.reference.batches import label_batches
+from mates.engine.reference.task import open_reference
+from mates.preprocess import artifact
+from mates.preprocess.artifact import Cost, Manifest, Request
+
+METRICS_FILE = "metrics.json"
+
+
+def evaluate_request(recipe: Recipe, method: str, stage: int) -> Request:
+    """The evaluation of the checkpoint of ``stage``."""
+    layout, config = layout_of(recipe), recipe.evaluate
+    test = artifact.load(layout.reference("test"), "reference")
+    inputs = {
+        "checkpoint": artifact.load(layout.checkpoint(method, stage), "checkpoint").fingerprint,
+        "holdout": artifact.load(layout.corpus("holdout"), "corpus").fingerprint,
+        f"reference.{test.settings['name']}": test.fingerprint,
+    }
+    settings = {"decay_steps": config.decay_steps, "holdout_samples": config.holdout_samples, "stage": stage, "seed": recipe.seed}
+    return Request(directory=layout.evaluation(method, stage), kind="evaluation", settings=settings, inputs=inputs)
+
+
+def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest:
+    """Evaluate the checkpoint of ``stage``: held-out reference loss and accuracy, held-out language-model loss."""
+    request: Request = world.same(lambda: evaluate_request(recipe, method, stage))
+    done: Manifest | None = world.same(request.find)
+    if done:
+        return done
+    start = time.perf_counter()
+    layout, config = layout_of(recipe), recipe.evaluate
+    corpus = open_train_corpus(recipe)
+    holdout = open_corpus(layout.corpus("holdout"), recipe.pretrain.sequence_length)
+    test = open_reference(layout.reference("test"))
+    trainer = new_trainer(recipe, world, corpus)
+    checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint")
+    index = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
+    _decay(recipe, trainer, corpus, index, f"evaluate {method} stage {stage}")
+    ids = holdout_ids(recipe, holdout.samples)
+    metrics = {
+        "holdout_loss_nats": holdout_loss(trainer, holdout, ids, config.batch_size),
+        **reference_metrics(trainer, test.name, label_batches(test, batch_tokens=config.batch_size * recipe.pretrain.sequence_length, device=world.device)),
+        "holdout_samples": len(ids),
+        "reference_items": test.items,
+    }
+    if world.first:
+        say(
+            f"evaluate {method} stage {stage}: held-out loss {metrics['holdout_loss_nats']:.4f} nats, {test.name} loss "
+            f"{metrics[f'{test.name}.loss_nats']:.4f} nats, accuracy {100 * metrics[f'{test.name}.accuracy']:.1f}%"
+        )
+    cost = Cost(
+        flops=evaluation_flops(recipe, corpus.info("tokenizer")["vocab_size"], len(ids), (test.items, len(test.tokens), test.manifest.info["label_tokens"])),
+        seconds=time.perf_counter() - start,
+        tokens=config.decay_steps * recipe.pretrain.tokens_per_step + len(ids) * recipe.pretrain.sequence_length + len(test.tokens),
+    )
+
+    def commit() -> Manifest:
+        artifact.write_json(request.directory / METRICS_FILE, metrics)
+        return request.commit(info=metrics, cost=cost, files=[METRICS_FILE])
+
+    result: Manifest = world.same(commit)
+    return result
+
+
+def evaluation_flops(recipe: Recipe, vocab_size: int, holdout_samples: int, reference: tuple[int, int, int]) -> float:
+    """FLOPs of a decay branch and its measurements; ``reference`` is (items, tokens, label tokens)."""
+    shape, rows = resolve_shape(recipe.model), padded_vocabulary(vocab_size, recipe.model.vocab_multiple)
+    length, (items, tokens, labels) = recipe.pretrain.sequence_length, reference
+    decay = training_flops(recipe, vocab_size, recipe.evaluate.decay_steps * recipe.pretrain.batch_size)
+    held_out = decoder_forward(shape, rows, tokens=holdout_samples * length, length=length)
+    return decay + held_out + decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
+
+
+def _decay(recipe: Recipe, trainer: Trainer, corpus: Corpus, index: npt.NDArray[np.int64], label: str) -> None:
+    """Train on the stage's last samples again, with the learning rate going to 0."""
+    steps, batch = recipe.evaluate.decay_steps, recipe.pretrain.batch_size
+    start_lr = learning_rate(recipe.pretrain, trainer.steps_done)
+    again = index[len(index) - steps * batch :]
+    with Progress(f"{label} decay", steps, "step", enabled=trainer.world.first) as progress:
+        for step in range(1, steps + 1):
+            ids = trainer.share(again[(step - 1) * batch : step * batch])
+            result = trainer.step(corpus.windows(ids), decay_rate(start_lr, step, steps))
+            progress.add(1, f"loss {result.loss_nats:.4f}")
+
+
+def holdout_ids(recipe: Recipe, samples: int) -> npt.NDArray[np.int64]:
+    """Ids of the holdout samples that are measured: the same at every stage."""
+    return KeyedPermutation(samples, recipe.seed, "holdout")(np.arange(min(samples, recipe.evaluate.holdout_samples)))
+
+
+def holdout_loss(trainer: Trainer, holdout: Corpus, ids: npt.NDArray[np.int64], batch_size: int) -> float:
+    """Mean loss in nats a token over holdout samples."""
+    groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+
+    def loss(group: npt.NDArray[np.int64]) -> list[float]:
+        windows = torch.from_numpy(holdout.windows(group)).to(trainer.world.device)
+        return [float(next_token_loss(trainer.engine, windows)) * len(group)]
+
+    return _sums(trainer, groups, loss, 1)[0] / len(ids)
+
+
+def reference_metrics(trainer: Trainer, name: str, batches: Sequence[Any]) -> dict[str, float]:
+    """Mean loss in nats a label token, and the share of items all of whose label tokens are the model's likeliest."""
+    labelled = LabelledLoss(trainer.engine.module)
+
+    def measure(batch: Any) -> list[float]:
+        losses, hits = labelled(batch.tokens, batch.positions, batch.targets)
+        missed = torch.unique(batch.items[~hits])
+        return [float(losses.double().sum()), float(len(losses)), float(len(torch.unique(batch.items)) - len(missed)), float(len(batch.tokens))]
+
+    loss, labels, right, items = _sums(trainer, batches, measure, 4)
+    return {f"{name}.loss_nats": loss / labels, f"{name}.accuracy": right / items}
+
+
+def _sums(trainer: Trainer, work: Sequence[Any], measure: Callable[[Any], list[float]], width: int) -> list[float]:
+    """Sums of measures over units of work shared out to ranks.
+
+    With ZeRO-3 every forward pass is a collective, so all ranks make equally many: one that has run out repeats its first unit
+    and leaves it out of the sum.
+    """
+    world, totals = trainer.world, torch.zeros(width, dtype=torch.float64)
+    trainer.engine.module.eval()
+    with torch.no_grad():
+        for turn in range(math.ceil(len(work) / world.size)):
+            number = turn * world.size + world.rank
+            values = measure(work[number] if number < len(work) else work[0])
+            if number < len(work):
+                totals += torch.tensor(values, dtype=torch.float64)
+    summed: list[float] = world.total(totals.to(world.device)).tolist()
+    return summed

@@ -1,0 +1,49 @@
+"""Floating-point operations by formula, for the plan and the ledger.
+
+A multiplication and an addition count as two. Matrix products are counted and nothing else: element-wise work, norms, look-ups and
+softmax are a fraction of a percent at the sizes that matter. Attention is counted in full (all T × T scores), as
+``torch.utils.flop_counter`` counts it, although causal kernels skip half. A backward pass is two forwards; recomputation in
+attention kernels is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mates.engine.pretrain.shapes import ModelShape
+
+
+def decoder_forward(shape: ModelShape, vocab_size: int, *, tokens: float, length: float, logit_tokens: float | None = None) -> float:
+    """One forward pass of the language model.
+
+    Args:
+        shape: the model's shape. vocab_size: rows of its output embedding.
+        tokens: tokens read, over all sequences. length: tokens of one sequence.
+        logit_tokens: positions whose logits are computed; all by default.
+    """
+    head = shape.hidden_size * vocab_size
+    blocks = shape.matmul_parameters(vocab_size) - head
+    attention = 2 * shape.layers * shape.hidden_size * length  # multiply-adds a token: scores and weighted values
+    return 2.0 * (tokens * (blocks + attention) + (tokens if logit_tokens is None else logit_tokens) * head)
+
+
+def decoder_training(shape: ModelShape, vocab_size: int, *, tokens: float, length: float) -> float:
+    """Forward and backward pass: three forwards."""
+    return 3.0 * decoder_forward(shape, vocab_size, tokens=tokens, length=length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """What the cost of a BERT-architecture encoder depends on."""
+
+    hidden_size: int
+    layers: int
+    intermediate_size: int
+
+    def forward(self, *, tokens: float, length: float) -> float:
+        """One forward pass over ``tokens`` tokens in sequences of ``length``."""
+        weights = self.layers * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size)
+        return 2.0 * tokens * (weights + 2 * self.layers * self.hidden_size * length)
+
+
+BERT_BASE = EncoderShape(hidden_size=768, layers=12, intermediate_size=3072)

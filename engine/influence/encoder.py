@@ -1,0 +1,89 @@
+"""The encoder influence model: token vectors averaged over a sample's chunks, then a linear regression head.
+
+As in MATES (arXiv 2406.06046, section 3.2): a BERT reads a sample in chunks of 512 tokens, and the mean of all token vectors is
+mapped to the standardised influence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mates.engine.config import FitConfig
+from mates.engine.flops import EncoderShape
+from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized
+from mates.preprocess.tokenizer import Tokenizer
+
+HEAD_FILE = "head.safetensors"
+
+
+class InfluenceEncoder(nn.Module):
+    """An encoder with a mean-pooling regression head. The head works in fp32 whatever the encoder's arithmetic."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, 1)  # type: ignore[union-attr,arg-type]
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: EncoderBatch) -> torch.Tensor:
+        """Predicted influence in label standard deviations: [B] fp32."""
+        hidden = self.encoder(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state.float()
+        mask = batch.mask[..., None].float()
+        width = hidden.shape[-1]
+        sums = hidden.new_zeros(batch.samples, width).index_add_(0, batch.sample, (hidden * mask).sum(1))
+        counts = hidden.new_zeros(batch.samples, 1).index_add_(0, batch.sample, mask.sum(1))
+        pooled = sums / counts.clamp(min=1.0)
+        result: torch.Tensor = nn.functional.linear(pooled, self.head.weight.float(), self.head.bias.float())[:, 0]
+        return result
+
+    def shape(self) -> EncoderShape:
+        """For FLOPs."""
+        config: Any = self.encoder.config
+        return EncoderShape(hidden_size=config.hidden_size, layers=config.num_hidden_layers, intermediate_size=config.intermediate_size)
+
+    def save(self, directory: Path) -> None:
+        """Write a Hugging Face folder, and the head beside it."""
+        self.encoder.save_pretrained(directory)  # type: ignore[operator]
+        save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, directory / HEAD_FILE)
+
+
+def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:
+    """The recipe's encoder: pretrained by name or path, or a fresh BERT over the language model's vocabulary."""
+    from transformers import AutoModel, BertConfig, BertModel
+
+    if config.encoder is not None:
+        return InfluenceEncoder(AutoModel.from_pretrained(config.encoder, dtype=torch.float32))
+    bert = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.hidden_size,
+        max_position_embeddings=config.chunk_tokens,
+    )
+    return InfluenceEncoder(BertModel(bert, add_pooling_layer=False))
+
+
+def load_encoder(directory: Path) -> InfluenceEncoder:
+    """An encoder from an influence-model folder."""
+    from transformers import AutoModel
+
+    kwargs = {"dtype": torch.float32, "local_files_only": True}
+    model = InfluenceEncoder(AutoModel.from_pretrained(directory, **kwargs))
+    if hasattr(model.encoder, "pooler"):
+        model.encoder.pooler = None  # BERT's pooler is not used, and would be made anew
+    model.head.load_state_dict(load_file(directory / HEAD_FILE))
+    return model
+
+
+def encoder_inputs(config: FitConfig, tokenizer: Tokenizer, vocab_size: int, saved: Path | None = None) -> EncoderInputs:
+    """How samples reach the recipe's encoder; ``saved`` is an influence-model folder that keeps the encoder's own tokenizer."""
+    if config.encoder is None:
+        return CorpusIds(config, vocab_size)
+    return Retokenized(config, tokenizer, saved or config.encoder)

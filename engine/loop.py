@@ -1,0 +1,43 @@
+"""The order of steps: what a run does, one line a step. Every step also runs alone, and is skipped where its artifact fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mates.engine.config import Recipe
+from mates.engine.layout import SHARED
+from mates.engine.select.stage import needs_scores
+
+DATA_VERBS = ("sample-corpus", "tokenizer", "preprocess", "reference")
+STAGE_VERBS = ("probe", "fit", "score", "select", "pretrain", "evaluate")
+DISTRIBUTED_VERBS = ("pretrain", "probe", "score", "evaluate")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run; ``method`` and ``stage`` are None for steps that no stage owns."""
+
+    verb: str
+    method: str | None = None
+    stage: int | None = None
+
+    def __str__(self) -> str:
+        return self.verb if self.method is None else f"{self.verb} {self.method} stage {self.stage}"
+
+
+def stage_steps(method: str, stage: int) -> Iterator[Step]:
+    """Steps of one stage of one method."""
+    if needs_scores(method, stage):
+        yield from (Step(verb, method, stage) for verb in ("probe", "fit", "score"))
+    yield from (Step(verb, method, stage) for verb in ("select", "pretrain", "evaluate"))
+
+
+def run_steps(recipe: Recipe) -> Iterator[Step]:
+    """All steps of a run, in an order in which each finds what it needs."""
+    yield from (Step(verb) for verb in DATA_VERBS)
+    yield from stage_steps(SHARED, 0)
+    for stage in range(1, recipe.pretrain.stages):
+        for method in recipe.methods:
+            yield from stage_steps(method, stage)
+    yield Step("report")

@@ -1,0 +1,1 @@
+"""The language model: shapes, schedule, DeepSpeed trainer and checkpoints."""

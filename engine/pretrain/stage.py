@@ -1,0 +1,208 @@
+"""One stage of pretraining: from the checkpoint before it, over its selection index, to its own checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates.engine.config import Recipe
+from mates.engine.data.corpus import Corpus, open_corpus
+from mates.engine.data.index import read_index
+from mates.engine.distributed import World
+from mates.engine.flops import decoder_training
+from mates.engine.layout import layout_of
+from mates.engine.pretrain import checkpoint
+from mates.engine.pretrain.model import padded_vocabulary
+from mates.engine.pretrain.schedule import learning_rate
+from mates.engine.pretrain.shapes import resolve_shape
+from mates.engine.pretrain.trainer import StepResult, Trainer
+from mates.engine.progress import Progress, say
+from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
+
+NOT_IDENTITY = ("micro_batch_size", "zero_stage", "activation_checkpointing", "checkpoint_every", "log_every", "stages")
+
+
+def training_settings(recipe: Recipe) -> dict[str, Any]:
+    """What the weights depend on; how they are computed (ranks, ZeRO stage, micro-batches) may change between attempts."""
+    config = {key: value for key, value in asdict(recipe.pretrain).items() if key not in NOT_IDENTITY}
+    if recipe.pretrain.schedule == "cosine":
+        config["total_steps"] = recipe.pretrain.total_steps
+    return {"model": asdict(resolve_shape(recipe.model)) | {"vocab_multiple": recipe.model.vocab_multiple}, "pretrain": config, "seed": recipe.seed}
+
+
+def training_flops(recipe: Recipe, corpus_vocab: int, samples: int) -> float:
+    """FLOPs of training on ``samples`` samples."""
+    length = recipe.pretrain.sequence_length
+    rows = padded_vocabulary(corpus_vocab, recipe.model.vocab_multiple)
+    return decoder_training(resolve_shape(recipe.model), rows, tokens=samples * length, length=length)
+
+
+def open_train_corpus(recipe: Recipe) -> Corpus:
+    """The train corpus of a recipe."""
+    return open_corpus(layout_of(recipe).corpus("train"), recipe.pretrain.sequence_length)
+
+
+def pretrain_request(recipe: Recipe, method: str, stage: int) -> Request:
+    """The checkpoint at the end of ``stage``."""
+    layout = layout_of(recipe)
+    inputs = {
+        "corpus": artifact.load(layout.corpus("train"), "corpus").fingerprint,
+        "index": artifact.load(layout.index(method, stage), "selection index").fingerprint,
+    }
+    if stage > 0:
+        inputs["parent"] = artifact.load(layout.checkpoint(method, stage - 1), "checkpoint").fingerprint
+    settings = training_settings(recipe) | {"stage": stage}
+    return Request(directory=layout.checkpoint(method, stage), kind="checkpoint", settings=settings, inputs=inputs)
+
+
+def new_trainer(recipe: Recipe, world: World, corpus: Corpus) -> Trainer:
+    """A trainer for a corpus' vocabulary."""
+    vocabulary = corpus.info("tokenizer")
+    return Trainer(recipe, world, vocab_size=vocabulary["vocab_size"], end_of_document=vocabulary["end_of_document"])
+
+
+def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest:
+    """Train a stage, or continue it from its last checkpoint; at once where it is complete.
+
+    Raises:
+        ArtifactError: what the stage needs is missing, damaged or does not fit.
+    """
+    request: Request = world.same(lambda: pretrain_request(recipe, method, stage))
+    done: Manifest | None = world.same(request.find)
+    if done:
+        return done
+    layout = layout_of(recipe)
+    corpus = open_train_corpus(recipe)
+    index = read_index(layout.index(method, stage), corpus.fingerprint)
+    wanted = recipe.pretrain.steps_per_stage * recipe.pretrain.batch_size
+    if len(index.ids) != wanted:
+        raise ArtifactError(f"{layout.index(method, stage)}: {len(index.ids)} samples, the stage trains on {wanted}")
+    trainer = new_trainer(recipe, world, corpus)
+    run = _StageRun(recipe, trainer, corpus, np.asarray(index.ids), request, method, stage)
+    run.restore()
+    run.train()
+    manifest = run.save(request)
+    world.same(lambda: shutil.rmtree(layout.partial_checkpoints(method, stage), ignore_errors=True))
+    return manifest
+
+
+class _StageRun:
+    """The state of a stage being trained."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        trainer: Trainer,
+        corpus: Corpus,
+        ids: npt.NDArray[np.int64],
+        request: Request,
+        method: str,
+        stage: int,
+    ) -> None:
+        self.recipe, self.trainer, self.corpus, self.ids = recipe, trainer, corpus, ids
+        self.layout, self.request, self.method, self.stage = layout_of(recipe), request, method, stage
+        self.losses: list[float] = []
+        self.seconds_before = 0.0
+        self.start = time.perf_counter()
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps of the run before this stage."""
+        return self.stage * self.recipe.pretrain.steps_per_stage
+
+    def restore(self) -> None:
+        """Continue from the stage's newest whole partial checkpoint, else from the stage before, else from scratch."""
+        world = self.trainer.world
+        newest: Path | None = world.same(self._newest_partial)
+        if newest is not None:
+            manifest = checkpoint.load(newest, self.trainer, "partial checkpoint")
+            self.losses = list(checkpoint.read_losses(newest))
+            self.seconds_before = float(manifest.info["seconds"])
+            if world.first:
+                say(f"pretrain {self.method} stage {self.stage}: continuing from step {len(self.losses)}")
+        elif self.stage > 0:
+            checkpoint.load(self.layout.checkpoint(self.method, self.stage - 1), self.trainer, "checkpoint")
+        self.start = time.perf_counter()
+
+    def _newest_partial(self) -> Path | None:
+        folder = self.layout.partial_checkpoints(self.method, self.stage)
+        for candidate in sorted(folder.glob("step-*"), reverse=True):
+            try:
+                if self._partial(candidate).find():
+                    artifact.verify(candidate)
+                    return candidate
+            except ArtifactError as error:
+                say(f"passing over {candidate}: {error}")
+        return None
+
+    def _partial(self, directory: Path) -> Request:
+        return replace(self.request, directory=directory, kind="partial checkpoint")
+
+    def train(self) -> None:
+        config, world = self.recipe.pretrain, self.trainer.world
+        done = len(self.losses)
+        label = f"pretrain {self.method} stage {self.stage}"
+        with Progress(label, config.steps_per_stage, "step", done=done, enabled=world.first) as progress:
+            for step in range(done + 1, config.steps_per_stage + 1):
+                batch = self.ids[(step - 1) * config.batch_size : step * config.batch_size]
+                lr = learning_rate(config, self.first_step + step)
+                result = self.trainer.step(self.corpus.windows(self.trainer.share(batch)), lr)
+                self.losses.append(result.loss_nats)
+                progress.add(1, f"loss {result.loss_nats:.4f}")
+                if step % config.log_every == 0 or step == config.steps_per_stage:
+                    self._log(step, lr, result, done)
+                if step % config.checkpoint_every == 0 and step < config.steps_per_stage:
+                    self._save_partial(step)
+
+    def _log(self, step: int, lr: float, result: StepResult, done: int) -> None:
+        if not self.trainer.world.first:
+            return
+        elapsed = time.perf_counter() - self.start
+        line = {
+            "time": time.time(),
+            "method": self.method,
+            "stage": self.stage,
+            "step": self.first_step + step,
+            "loss_nats": result.loss_nats,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens_per_second": (step - done) * self.recipe.pretrain.tokens_per_step / elapsed,
+        }
+        with self.layout.metrics.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def _save_partial(self, step: int) -> None:
+        folder = self.layout.partial_checkpoints(self.method, self.stage)
+        self.save(self._partial(folder / f"step-{step:08d}"))
+
+        def drop_older() -> None:
+            for older in sorted(folder.glob("step-*"))[:-2]:
+                artifact.unmake(older)
+                shutil.rmtree(older, ignore_errors=True)
+
+        self.trainer.world.same(drop_older)
+
+    def save(self, request: Request) -> Manifest:
+        seconds = self.seconds_before + time.perf_counter() - self.start
+        steps = len(self.losses)
+        samples = steps * self.recipe.pretrain.batch_size
+        return checkpoint.save(
+            request,
+            self.trainer,
+            progress=checkpoint.Progress(step=self.first_step + steps, stage_step=steps, seconds=seconds),
+            losses=np.asarray(self.losses, np.float64),
+            next_lr=learning_rate(self.recipe.pretrain, self.first_step + steps + 1),
+            cost=Cost(
+                flops=training_flops(self.recipe, self.corpus.info("tokenizer")["vocab_size"], samples),
+                seconds=seconds,
+                tokens=samples * self.recipe.pretrain.sequence_length,
+            ),
+        )

@@ -1,0 +1,169 @@
+"""One model, one optimizer, one DeepSpeed engine: steps in, losses out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mates.engine.config import PretrainConfig, Recipe
+from mates.engine.distributed import World
+from mates.engine.pretrain.model import build_model, model_config, next_token_loss, padded_vocabulary
+from mates.engine.pretrain.shapes import resolve_shape
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss of the global batch in nats a token, and the global gradient norm before clipping."""
+
+    loss_nats: float
+    grad_norm: float
+
+
+def weight_decay_of(name: str, parameter: torch.Tensor, config: PretrainConfig) -> float:
+    """Matrices decay; biases and norms do not. ``name`` is unused: the rule is by shape."""
+    del name
+    return config.weight_decay if parameter.ndim >= 2 else 0.0
+
+
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a recipe. Keys of ``launch.deepspeed`` are merged over it."""
+    config = recipe.pretrain
+    per_rank = config.batch_size // world_size
+    micro = min(config.micro_batch_size, per_rank)
+    result: dict[str, Any] = {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": per_rank // micro,
+        "gradient_clipping": config.clip_norm,
+        "steps_per_print": 2**31,
+        "zero_optimization": {"stage": config.zero_stage},
+    }
+    if config.precision == "bf16" and config.zero_stage == 0:
+        # without ZeRO DeepSpeed accumulates bf16 gradients; autocast keeps fp32 weights and gradients instead
+        result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif config.precision == "bf16":
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(result, recipe.launch.deepspeed)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        result[key] = _merged(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+    return result
+
+
+class Trainer:
+    """A DeepSpeed engine around the recipe's model with AdamW (Loshchilov & Hutter, arXiv 1711.05101).
+
+    All ranks call every method together.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, *, vocab_size: int, end_of_document: int) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        config = recipe.pretrain
+        if config.batch_size % world.size:
+            raise ValueError(f"pretrain.batch_size: found {config.batch_size}, expected a multiple of the {world.size} ranks")
+        # this op serves inference only; building it costs a minute on a fresh machine and needs a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        self.world, self.config = world, config
+        self.model_config = model_config(
+            resolve_shape(recipe.model), padded_vocabulary(vocab_size, recipe.model.vocab_multiple), end_of_document
+        )
+        model = build_model(self.model_config, recipe.seed)
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            groups.setdefault(weight_decay_of(name, parameter, config), []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+        )
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(recipe, world.size))
+        # the cast to bf16 took the rotary frequencies along; their angles need fp32
+        for name, buffer in self.engine.module.named_buffers():
+            buffer.data = buffers[name].to(buffer.device)
+        self.micro_batch = int(self.engine.train_micro_batch_size_per_gpu())
+        self.steps_done = 0
+
+    def step(self, windows: npt.NDArray[np.int64], lr: float) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            windows: [B / ranks, L + 1], this rank's share of the global batch.
+            lr: learning rate of this step.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        losses, norm = [], float("nan")
+        micro_batches = list(self._micro_batches(windows))
+        self.engine.module.train()
+        for number, batch in enumerate(micro_batches):
+            loss = next_token_loss(self.engine, batch)
+            self.engine.backward(loss)
+            if number == len(micro_batches) - 1 and self.config.zero_stage == 0:
+                norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None]))
+            self.engine.step()
+            losses.append(loss.detach())
+        if self.config.zero_stage:
+            norm = float(self.engine.get_global_grad_norm())
+        self.steps_done += 1
+        mean = self.world.total(torch.stack(losses).mean().double()) / self.world.size
+        return StepResult(float(mean), norm)
+
+    def _micro_batches(self, windows: npt.NDArray[np.int64]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(windows), self.micro_batch):
+            yield torch.from_numpy(windows[start : start + self.micro_batch]).to(self.world.device)
+
+    def share(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """This rank's part of a global batch of sample ids: the ranks' parts, in order, are the batch."""
+        size = len(ids) // self.world.size
+        return ids[self.world.rank * size : (self.world.rank + 1) * size]
+
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Name, fp32 weights and both moments of each parameter, gathered from all ranks, on the CPU."""
+        self._link_moments()
+        for name, parameter in self.engine.module.named_parameters():
+            values = self._full_values(parameter)
+            yield name, *(value.detach().float().cpu().reshape(self._shape(parameter)) for value in values)
+
+    def _full_values(self, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.config.zero_stage == 0:
+            state = self.engine.optimizer.state[parameter]
+            return parameter, state[MOMENTS[0]], state[MOMENTS[1]]
+        return (
+            safe_get_full_fp32_param(parameter),
+            safe_get_full_optimizer_state(parameter, MOMENTS[0]),
+            safe_get_full_optimizer_state(parameter, MOMENTS[1]),
+        )
+
+    @staticmethod
+    def _shape(parameter: nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
+
+    def _link_moments(self) -> None:
+        """DeepSpeed links moments to parameters after the first of several parameter groups has stepped; link all of them."""
+        optimizer = self.engine.optimizer
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,1 @@
+"""Oracle influences: one optimizer step on a sample, and how the reference loss moves."""

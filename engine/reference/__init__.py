@@ -1,0 +1,1 @@
+"""Reference tasks: what a sample's influence is measured on."""

@@ -1,0 +1,1 @@
+"""Choosing a stage's data from its scored candidates."""

@@ -1,0 +1,1 @@
+"""The ``mates`` command, and how processes start."""

@@ -1,0 +1,54 @@
+"""The ``mates`` command: ``mates VERB [RECIPE.yaml] [--dotted.name VALUE …]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from mates.engine.config import RecipeError
+from mates.launchers import verbs
+
+Handler = Callable[[list[str]], int]
+
+
+def usage() -> str:
+    """The top-level help."""
+    lines = [
+        "usage: mates VERB [RECIPE.yaml] [--dotted.name VALUE ...]",
+        "",
+        "Model-aware selection of pretraining data. One recipe file holds everything; any value can be overridden by its dotted name.",
+        "",
+        "verbs:",
+        *(f"  {name:<14} {verb.summary}" for name, verb in verbs.VERBS.items()),
+        "",
+        "`mates VERB --help` explains every field of the recipe; `mates VERB RECIPE --print_config` prints the resolved recipe.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 a step failed, 2 a bad recipe, argument or input, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"mates {version('mates')}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in verbs.VERBS:
+        print(f"mates: unknown verb {name!r}; expected one of {', '.join(verbs.VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return verbs.VERBS[name].run(rest)
+    except RecipeError as error:
+        print(f"mates {name}: {error}", file=sys.stderr)
+        return 2
+    except verbs.user_errors() as error:
+        print(f"mates {name}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+    except KeyboardInterrupt:
+        print(f"\nmates {name}: interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return 130

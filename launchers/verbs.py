@@ -1,0 +1,271 @@
+"""What each verb does with its arguments. Heavy imports stay inside functions, so that help and bad recipes answer at once."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import jsonargparse
+
+from mates.engine.config import Recipe, RecipeError, require
+from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
+from mates.preprocess.artifact import Request
+
+RUN_LOCK = ".run.lock"
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: one line about it, and what it does with the arguments after it."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is all that a user needs."""
+    from mates.engine.data.blocks import CorpusTooSmallError
+    from mates.launchers.local import StepFailedError
+    from mates.preprocess.artifact import ArtifactError
+    from mates.preprocess.readers import InputError
+    from mates.preprocess.tokenizer import TokenizerError
+
+    errors: list[type[Exception]] = [ArtifactError, InputError, TokenizerError, CorpusTooSmallError, StepFailedError, RunBusyError]
+    return tuple(errors)
+
+
+class RunBusyError(RuntimeError):
+    """Another process works in the same run folder."""
+
+
+# --- data verbs ----------------------------------------------------------------------------------------------------
+
+
+def _data_verb(name: str, summary: str) -> Verb:
+    def run(arguments: list[str]) -> int:
+        recipe, _ = parse_with(recipe_parser(name, summary), arguments)
+        data_step(name, recipe)
+        return 0
+
+    return Verb(summary, run)
+
+
+def data_step(name: str, recipe: Recipe) -> None:
+    """Run one of the data steps."""
+    from mates.engine.data import steps
+
+    work: dict[str, Callable[[Recipe], Any]] = {
+        "sample-corpus": steps.sample_corpus_step,
+        "tokenizer": steps.tokenizer_step,
+        "preprocess": steps.preprocess_step,
+        "reference": steps.reference_step,
+    }
+    work[name](recipe)
+
+
+def _sample_corpus(arguments: list[str]) -> int:
+    """``mates sample-corpus`` alone writes to a folder; with a recipe it writes where the recipe's run looks for it."""
+    parser = recipe_parser("sample-corpus", VERBS["sample-corpus"].summary)
+    parser.add_argument("--out", type=str | None, default=None, help="Folder for the shards, instead of the run's own.")
+    recipe, extra = parse_with(parser, arguments)
+    if extra["out"] is None:
+        data_step("sample-corpus", recipe)
+        return 0
+    from mates.engine.progress import say
+    from mates.preprocess.sample_corpus import write_sample_corpus
+
+    write_sample_corpus(Path(extra["out"]), seed=recipe.corpus.split_seed, max_text_bytes=recipe.corpus.sample_bytes, progress=say)
+    return 0
+
+
+# --- stage verbs ---------------------------------------------------------------------------------------------------
+
+
+def _stage_parser(name: str, summary: str) -> jsonargparse.ArgumentParser:
+    parser = recipe_parser(name, summary)
+    parser.add_argument("--method", type=str, default="shared", help="The run's method that the stage belongs to; stage 0 belongs to `shared`.")
+    parser.add_argument("--stage", type=int, default=0, help="The stage, from 0.")
+    return parser
+
+
+def _stage_verb(name: str, summary: str) -> Verb:
+    def run(arguments: list[str]) -> int:
+        recipe, extra = parse_with(_stage_parser(name, summary), arguments)
+        method, stage = extra["method"], extra["stage"]
+        check_stage(recipe, name, method, stage)
+        stage_step(name, recipe, method, stage)
+        return 0
+
+    return Verb(summary, run)
+
+
+def check_stage(recipe: Recipe, verb: str, method: str, stage: int) -> None:
+    """Refuse a stage or method that the recipe does not have."""
+    first = 1 if verb in ("probe", "fit", "score") else 0
+    last = recipe.pretrain.stages - 1
+    require(first <= stage <= last, "--stage", stage, f"{first} to {last} for {verb}")
+    if stage == 0:
+        require(method == "shared", "--method", method, "shared, which stage 0 belongs to")
+    else:
+        require(method in recipe.methods, "--method", method, f"one of the recipe's methods: {', '.join(recipe.methods)}")
+
+
+def stage_step(name: str, recipe: Recipe, method: str, stage: int) -> None:
+    """Run one step of a stage in this process, as one rank of however many the launcher started."""
+    if name == "select":
+        from mates.engine.select.stage import select_stage
+
+        select_stage(recipe, method, stage)
+        return
+    from mates.engine import distributed
+
+    lock = distributed.hold_worker_lock(recipe.path())
+    world = distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
+    try:
+        _stage_work(name)(recipe, world, method, stage)
+    finally:
+        distributed.leave()
+        lock.close()
+
+
+def _stage_work(name: str) -> Callable[..., Any]:
+    if name == "pretrain":
+        from mates.engine.pretrain.stage import pretrain_stage
+
+        return pretrain_stage
+    if name == "probe":
+        from mates.engine.probe.stage import probe_stage
+
+        return probe_stage
+    if name == "fit":
+        from mates.engine.influence.fit import fit_stage
+
+        return fit_stage
+    if name == "score":
+        from mates.engine.influence.score import score_stage
+
+        return score_stage
+    from mates.engine.evaluate.stage import evaluate_stage
+
+    return evaluate_stage
+
+
+# --- the whole run -------------------------------------------------------------------------------------------------
+
+
+def _run(arguments: list[str]) -> int:
+    recipe, _ = parse_with(recipe_parser("run", VERBS["run"].summary), arguments)
+    run_recipe(recipe)
+    return 0
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Run all steps of a recipe; finished ones are skipped.
+
+    Raises:
+        RunBusyError: another ``mates run`` works in the folder. StepFailedError: a step's processes failed.
+    """
+    from mates.engine.layout import layout_of
+    from mates.engine.loop import DISTRIBUTED_VERBS, run_steps
+    from mates.engine.progress import say
+    from mates.launchers.local import console_script, run_plain, run_with_deepspeed
+    from mates.preprocess.artifact import atomic_file
+
+    with run_lock(recipe.path()):
+        path = recipe.path() / RECIPE_FILE
+        with atomic_file(path) as handle:
+            handle.write(dump_recipe(recipe).encode())
+        started = time.perf_counter()
+        for step in run_steps(recipe):
+            if step.verb == "report":
+                write_report(recipe)
+            elif step.method is None or step.stage is None:
+                data_step(step.verb, recipe)
+            elif step.verb == "select":
+                stage_step("select", recipe, step.method, step.stage)
+            elif not stage_request(recipe, step.verb, step.method, step.stage).find():
+                command = [console_script("mates"), step.verb, "--recipe", str(path), "--method", step.method, "--stage", str(step.stage)]
+                processes = recipe.launch.processes if step.verb in DISTRIBUTED_VERBS else 1
+                if step.verb in ("pretrain", "evaluate"):
+                    run_with_deepspeed(command, processes)
+                else:
+                    run_plain(command, processes)
+        say(f"run: done in {time.perf_counter() - started:.0f} s; open {layout_of(recipe).report}")
+
+
+def stage_request(recipe: Recipe, verb: str, method: str, stage: int) -> Request:
+    """The artifact that a stage's step makes."""
+    from mates.engine.evaluate.stage import evaluate_request
+    from mates.engine.influence.fit import fit_request
+    from mates.engine.influence.score import score_request
+    from mates.engine.pretrain.stage import pretrain_request
+    from mates.engine.probe.stage import probe_request
+
+    requests = {
+        "pretrain": pretrain_request,
+        "probe": probe_request,
+        "fit": fit_request,
+        "score": score_request,
+        "evaluate": evaluate_request,
+    }
+    return requests[verb](recipe, method, stage)
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder: one ``mates run`` at a time, and none while processes of an earlier one are still ending."""
+    from mates.engine.distributed import WORKERS_LOCK
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / RUN_LOCK).open("ab") as own, (run_dir / WORKERS_LOCK).open("ab") as workers:
+        if not _try_lock(own, 0):
+            raise RunBusyError(f"{run_dir}: another `mates run` is working here; wait for it, or choose another run_dir")
+        if not _try_lock(workers, 60):
+            raise RunBusyError(f"{run_dir}: processes of an earlier run are still working here; end them first")
+        fcntl.flock(workers, fcntl.LOCK_UN)
+        yield
+
+
+def _try_lock(handle: IO[bytes], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        else:
+            return True
+
+
+def write_report(recipe: Recipe) -> None:
+    """Write the ledger and the report."""
+
+
+def _report(arguments: list[str]) -> int:
+    recipe, _ = parse_with(recipe_parser("report", VERBS["report"].summary), arguments)
+    write_report(recipe)
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "run": Verb("run all steps of a recipe; finished ones are skipped, interrupted ones continued", _run),
+    "sample-corpus": Verb("write the embedded corpus of real English and its reference task", _sample_corpus),
+    "tokenizer": _data_verb("tokenizer", "take or train the tokenizer"),
+    "preprocess": _data_verb("preprocess", "tokenize documents into memory-mapped indexed corpora"),
+    "reference": _data_verb("reference", "pack the reference task into tokens and labels"),
+    "pretrain": _stage_verb("pretrain", "train one stage on its selection index"),
+    "probe": _stage_verb("probe", "measure oracle influences on the checkpoint before a stage"),
+    "fit": _stage_verb("fit", "fit the influence model of a stage to its oracle influences"),
+    "score": _stage_verb("score", "score a stage's candidates with its influence model"),
+    "select": _stage_verb("select", "choose a stage's data from its candidates"),
+    "evaluate": _stage_verb("evaluate", "measure a stage's checkpoint after a decay branch"),
+    "report": Verb("write the ledger and report.html of a run", _report),
+}
