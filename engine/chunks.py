@@ -15,7 +15,7 @@ from mates.engine.distributed import World
 from mates.engine.progress import Progress, say
 from mates.preprocess import artifact
 
-PLAN = "plan.json"
+PLAN, SECONDS = "plan.json", "seconds.json"
 
 
 def run_chunks(
@@ -27,27 +27,45 @@ def run_chunks(
     make: Callable[[int, Path], None],
     world: World,
     label: str,
+    started: float,
 ) -> float:
     """Make the missing chunk files of ``directory``; rank r makes chunks r, r + size, ….
+
+    What each attempt took is kept beside the chunks, so that an interrupted step's cost is the sum of its attempts.
 
     Args:
         plan: all that the chunks' contents depend on; files that were left by another plan are removed, loudly.
         make: writes one chunk's file (atomically).
+        started: ``time.perf_counter()`` when this attempt's work began (loading a model counts).
 
     Returns:
-        Seconds that this rank worked.
+        Wall-clock seconds of the step, from ``started`` on, earlier attempts included.
     """
     world.same(lambda: _adopt(directory, artifact.normalise(dict(plan)), label))
     own = [number for number in range(chunks) if number % world.size == world.rank]
     missing = [number for number in own if not (directory / file_name(number)).exists()]
-    start = time.perf_counter()
+    spent = world.same(lambda: read_seconds(directory))
     with Progress(label, len(own), "chunk", done=len(own) - len(missing), enabled=world.first) as progress:
         for number in missing:
             make(number, directory / file_name(number))
             progress.add()
-    seconds = time.perf_counter() - start
+            if world.first:
+                artifact.write_json(directory / SECONDS, spent + time.perf_counter() - started)
     world.barrier()
-    return seconds
+    total: float = spent + time.perf_counter() - started
+    return total
+
+
+def read_seconds(directory: Path) -> float:
+    """Seconds that earlier attempts took."""
+    path = directory / SECONDS
+    return float(artifact.read_json(path)) if path.exists() else 0.0
+
+
+def discard_plan(directory: Path) -> None:
+    """Remove what is only needed while chunks are being made."""
+    for name in (PLAN, SECONDS):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _adopt(directory: Path, plan: Mapping[str, Any], label: str) -> None:

@@ -178,14 +178,22 @@ class PretrainConfig:
     zero_stage: int = 2
     """DeepSpeed ZeRO stage: 0 replicates all, 1 shards moments, 2 also gradients, 3 also weights."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    """Recompute activations in the backward pass: less memory, about a third more arithmetic (which
+    the ledger, counting model FLOPs, leaves out)."""
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints inside a stage, each of which can be resumed from; the stage's end is always saved."""
     log_every: int = 10
     """Optimizer steps between log lines."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_size", "micro_batch_size", "steps_per_stage", "checkpoint_every", "log_every"):
+        for name in (
+            "sequence_length",
+            "batch_size",
+            "micro_batch_size",
+            "steps_per_stage",
+            "checkpoint_every",
+            "log_every",
+        ):
             require(getattr(self, name) >= 1, f"pretrain.{name}", getattr(self, name), "at least 1")
         require(self.stages >= 1, "pretrain.stages", self.stages, "at least 1")
         require(self.warmup_steps >= 0, "pretrain.warmup_steps", self.warmup_steps, "0 or more")
@@ -272,7 +280,12 @@ class FitConfig:
         for name in ("hidden_size", "layers", "heads", "max_chunks", "epochs", "batch_size"):
             require(getattr(self, name) >= 1, f"fit.{name}", getattr(self, name), "at least 1")
         require(self.chunk_tokens >= 8, "fit.chunk_tokens", self.chunk_tokens, "at least 8")
-        require(self.hidden_size % self.heads == 0, "fit.hidden_size", self.hidden_size, f"a multiple of fit.heads = {self.heads}")
+        require(
+            self.hidden_size % self.heads == 0,
+            "fit.hidden_size",
+            self.hidden_size,
+            f"a multiple of fit.heads = {self.heads}",
+        )
         require(self.lr > 0, "fit.lr", self.lr, "above 0")
         require(self.weight_decay >= 0, "fit.weight_decay", self.weight_decay, "0 or more")
         for name in ("validation_share", "test_share"):
@@ -312,7 +325,12 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.ratio <= 1, "select.ratio", self.ratio, "a share above 0 and at most 1")
-        require(0 < self.temperature < math.inf, "select.temperature", self.temperature, "above 0 (mates-topk is the limit at 0)")
+        require(
+            0 < self.temperature < math.inf,
+            "select.temperature",
+            self.temperature,
+            "above 0 (mates-topk is the limit at 0)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

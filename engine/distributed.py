@@ -90,7 +90,13 @@ def join(*, timeout_minutes: float, threads: int) -> World:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     return World(rank, size, device)
 

@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mates.engine.config import Recipe
+from mates.engine.evaluate.stage import evaluate_request
+from mates.engine.influence.fit import fit_request
+from mates.engine.influence.score import score_request
 from mates.engine.layout import SHARED
-from mates.engine.select.stage import needs_scores
+from mates.engine.pretrain.stage import pretrain_request
+from mates.engine.probe.stage import probe_request
+from mates.engine.select.stage import needs_scores, select_request
+from mates.preprocess.artifact import Request
 
 DATA_VERBS = ("sample-corpus", "tokenizer", "preprocess", "reference")
 STAGE_VERBS = ("probe", "fit", "score", "select", "pretrain", "evaluate")
@@ -41,3 +47,18 @@ def run_steps(recipe: Recipe) -> Iterator[Step]:
         for method in recipe.methods:
             yield from stage_steps(method, stage)
     yield Step("report")
+
+
+def step_request(recipe: Recipe, step: Step) -> Request:
+    """The artifact that a stage's step is asked for. ArtifactError where its inputs are missing or damaged."""
+    requests = {
+        "probe": probe_request,
+        "fit": fit_request,
+        "score": score_request,
+        "select": select_request,
+        "pretrain": pretrain_request,
+        "evaluate": evaluate_request,
+    }
+    if step.method is None or step.stage is None:
+        raise ValueError(f"{step}: only a stage's steps have one artifact")
+    return requests[step.verb](recipe, step.method, step.stage)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from mates.engine.distributed import PARENT, PROMISED_WORLD_SIZE, free_port, process_identity
 
 
@@ -35,7 +37,9 @@ def step_environment(processes: int) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # our kernels/ folder must not stand in for Hugging Face's package of that name
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
         "TOKENIZERS_PARALLELISM": "false",
-        "DEEPSPEED_LOG_LEVEL": os.environ.get("DEEPSPEED_LOG_LEVEL", "error"),
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"),
+        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         # the environment's own ninja first: two versions on the path make DeepSpeed rebuild its operators at every start
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
@@ -46,7 +50,14 @@ def step_environment(processes: int) -> dict[str, str]:
 
 def run_with_deepspeed(command: Sequence[str], processes: int, master_port: int | None = None) -> None:
     """Run ``command`` as ``processes`` ranks of the deepspeed launcher. StepFailedError where one fails."""
-    launcher = [console_script("deepspeed"), "--num_gpus", str(processes), "--master_port", str(master_port or free_port())]
+    launcher = [
+        console_script("deepspeed"),
+        "--num_gpus",
+        str(processes),
+        "--master_port",
+        str(master_port or free_port()),
+        "--quiet",
+    ]
     _wait([_start([*launcher, "--no_python", "--no_local_rank", *command], step_environment(processes))])
 
 
@@ -55,7 +66,12 @@ def run_plain(command: Sequence[str], processes: int) -> None:
     environment = step_environment(processes) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        own = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+        }
         ranks.append(_start(command, environment | own))
     _wait(ranks)
 

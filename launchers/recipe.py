@@ -50,7 +50,7 @@ def load_recipe(path: Path) -> Recipe:
 def parse_with(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe and the verb's own options from command-line arguments. RecipeError as :func:`load_recipe`."""
     try:
-        values = vars(parser.instantiate_classes(parser.parse_args(with_recipe_option(arguments))))
+        values = vars(parser.instantiate(parser.parse_args(with_recipe_option(arguments))))
     except jsonargparse.ArgumentError as error:
         raise RecipeError(str(error)) from error
     names = Recipe.__dataclass_fields__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,8 @@ from typing import IO, Any
 
 import jsonargparse
 
-from mates.engine.config import Recipe, RecipeError, require
+from mates.engine.config import Recipe, require
 from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
-from mates.preprocess.artifact import Request
 
 RUN_LOCK = ".run.lock"
 RECIPE_FILE = "recipe.yaml"
@@ -36,7 +36,14 @@ def user_errors() -> tuple[type[Exception], ...]:
     from mates.preprocess.readers import InputError
     from mates.preprocess.tokenizer import TokenizerError
 
-    errors: list[type[Exception]] = [ArtifactError, InputError, TokenizerError, CorpusTooSmallError, StepFailedError, RunBusyError]
+    errors: list[type[Exception]] = [
+        ArtifactError,
+        InputError,
+        TokenizerError,
+        CorpusTooSmallError,
+        StepFailedError,
+        RunBusyError,
+    ]
     return tuple(errors)
 
 
@@ -89,7 +96,12 @@ def _sample_corpus(arguments: list[str]) -> int:
 
 def _stage_parser(name: str, summary: str) -> jsonargparse.ArgumentParser:
     parser = recipe_parser(name, summary)
-    parser.add_argument("--method", type=str, default="shared", help="The run's method that the stage belongs to; stage 0 belongs to `shared`.")
+    parser.add_argument(
+        "--method",
+        type=str,
+        default="shared",
+        help="The run's method that the stage belongs to; stage 0 belongs to `shared`.",
+    )
     parser.add_argument("--stage", type=int, default=0, help="The stage, from 0.")
     return parser
 
@@ -171,8 +183,9 @@ def run_recipe(recipe: Recipe) -> None:
     Raises:
         RunBusyError: another ``mates run`` works in the folder. StepFailedError: a step's processes failed.
     """
+    from mates.engine.evaluate.report import write_report
     from mates.engine.layout import layout_of
-    from mates.engine.loop import DISTRIBUTED_VERBS, run_steps
+    from mates.engine.loop import DISTRIBUTED_VERBS, run_steps, step_request
     from mates.engine.progress import say
     from mates.launchers.local import console_script, run_plain, run_with_deepspeed
     from mates.preprocess.artifact import atomic_file
@@ -189,32 +202,23 @@ def run_recipe(recipe: Recipe) -> None:
                 data_step(step.verb, recipe)
             elif step.verb == "select":
                 stage_step("select", recipe, step.method, step.stage)
-            elif not stage_request(recipe, step.verb, step.method, step.stage).find():
-                command = [console_script("mates"), step.verb, "--recipe", str(path), "--method", step.method, "--stage", str(step.stage)]
+            elif not step_request(recipe, step).find():
+                command = [
+                    console_script("mates"),
+                    step.verb,
+                    "--recipe",
+                    str(path),
+                    "--method",
+                    step.method,
+                    "--stage",
+                    str(step.stage),
+                ]
                 processes = recipe.launch.processes if step.verb in DISTRIBUTED_VERBS else 1
                 if step.verb in ("pretrain", "evaluate"):
                     run_with_deepspeed(command, processes)
                 else:
                     run_plain(command, processes)
         say(f"run: done in {time.perf_counter() - started:.0f} s; open {layout_of(recipe).report}")
-
-
-def stage_request(recipe: Recipe, verb: str, method: str, stage: int) -> Request:
-    """The artifact that a stage's step makes."""
-    from mates.engine.evaluate.stage import evaluate_request
-    from mates.engine.influence.fit import fit_request
-    from mates.engine.influence.score import score_request
-    from mates.engine.pretrain.stage import pretrain_request
-    from mates.engine.probe.stage import probe_request
-
-    requests = {
-        "pretrain": pretrain_request,
-        "probe": probe_request,
-        "fit": fit_request,
-        "score": score_request,
-        "evaluate": evaluate_request,
-    }
-    return requests[verb](recipe, method, stage)
 
 
 @contextmanager
@@ -245,18 +249,58 @@ def _try_lock(handle: IO[bytes], seconds: float) -> bool:
             return True
 
 
-def write_report(recipe: Recipe) -> None:
-    """Write the ledger and the report."""
+# --- telling -------------------------------------------------------------------------------------------------------
 
 
 def _report(arguments: list[str]) -> int:
+    from mates.engine.evaluate.report import write_report
+    from mates.engine.progress import say
+
     recipe, _ = parse_with(recipe_parser("report", VERBS["report"].summary), arguments)
-    write_report(recipe)
+    say(f"report: {write_report(recipe)}")
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = recipe_parser("plan", VERBS["plan"].summary)
+    parser.add_argument(
+        "--peak_tflops",
+        type=float,
+        default=989.0,
+        help="Dense bf16 TFLOP/s of one device (989: an H100 or H200 by its datasheet).",
+    )
+    parser.add_argument("--utilisation", type=float, default=0.4, help="Share of the peak that is reached (0 to 1).")
+    parser.add_argument("--devices", type=int, default=8, help="Devices that work at the same time.")
+    recipe, extra = parse_with(parser, arguments)
+    require(extra["peak_tflops"] > 0, "--peak_tflops", extra["peak_tflops"], "above 0")
+    require(0 < extra["utilisation"] <= 1, "--utilisation", extra["utilisation"], "above 0 and at most 1")
+    require(extra["devices"] >= 1, "--devices", extra["devices"], "at least 1")
+    from mates.engine.plan import Device, describe
+
+    for line in describe(recipe, Device(extra["peak_tflops"] * 1e12, extra["utilisation"], extra["devices"])):
+        print(line)
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mates inspect", description="Explain any artifact, and verify every byte of it.")
+    parser.add_argument("path", type=Path, help="an artifact's folder or a file in it, or a folder of artifacts such as a run")
+    from mates.engine.inspect import artifacts_below, describe
+    from mates.preprocess.artifact import ArtifactError
+
+    damaged = 0
+    for directory in artifacts_below(parser.parse_args(arguments).path):
+        try:
+            print("\n".join(describe(directory)))
+        except ArtifactError as error:
+            damaged += 1
+            print(f"{directory}: DAMAGED\n  {error}")
+    return 1 if damaged else 0
 
 
 VERBS: dict[str, Verb] = {
     "run": Verb("run all steps of a recipe; finished ones are skipped, interrupted ones continued", _run),
+    "plan": Verb("say what a run will take, before anything runs: tokens, FLOPs, hours, disk, memory", _plan),
     "sample-corpus": Verb("write the embedded corpus of real English and its reference task", _sample_corpus),
     "tokenizer": _data_verb("tokenizer", "take or train the tokenizer"),
     "preprocess": _data_verb("preprocess", "tokenize documents into memory-mapped indexed corpora"),
@@ -268,4 +312,5 @@ VERBS: dict[str, Verb] = {
     "select": _stage_verb("select", "choose a stage's data from its candidates"),
     "evaluate": _stage_verb("evaluate", "measure a stage's checkpoint after a decay branch"),
     "report": Verb("write the ledger and report.html of a run", _report),
+    "inspect": Verb("explain any artifact and verify every byte of it", _inspect),
 }

@@ -282,7 +282,12 @@ class Request:
         return find_complete(self.directory, kind=self.kind, settings=self.settings, inputs=self.inputs)
 
     def commit(
-        self, *, info: Mapping[str, Json], cost: Cost, files: Iterable[str] | None = None, identity: Iterable[str] | None = None
+        self,
+        *,
+        info: Mapping[str, Json],
+        cost: Cost,
+        files: Iterable[str] | None = None,
+        identity: Iterable[str] | None = None,
     ) -> Manifest:
         """See :func:`commit`."""
         return commit(
@@ -312,7 +317,8 @@ def differing(found: Json, asked: Json, prefix: str = "") -> list[str]:
             elif key not in asked:
                 lines.append(f"{prefix}{key}: {_short(found[key])}, now not asked for")
             else:
-                inner = f"{prefix}{key}." if isinstance(found[key], Mapping) else f"{prefix}{key}"
+                both = isinstance(found[key], Mapping) and isinstance(asked[key], Mapping)
+                inner = f"{prefix}{key}." if both else f"{prefix}{key}"
                 lines.extend(differing(found[key], asked[key], inner))
         return lines
     return [] if found == asked else [f"{prefix}: {_short(found)}, now asked {_short(asked)}"]

@@ -211,9 +211,10 @@ def _refuse_empty(documents: dict[str, int], inputs: list[Path], ledgers: list[F
         if count == 0:
             found = sum(ledger.documents for ledger in ledgers)
             dropped: Counter[str] = sum((ledger.dropped for ledger in ledgers), Counter())
+            share = f"a larger corpus.{split}_share" if split != "train" else "smaller corpus.pool_share and corpus.holdout_share"
             raise InputError(
                 f"no document for the {split} corpus: {len(inputs)} files from {inputs[0]} on hold {found} documents, "
-                f"dropped {dict(dropped)}. Give more documents, or a larger corpus.{split}_share"
+                f"dropped {dict(dropped)}. Give more documents, or {share}"
             )
 
 

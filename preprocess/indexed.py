@@ -16,8 +16,8 @@ Each document is one sequence here, as Megatron's preprocessing makes it by defa
 
 from __future__ import annotations
 
-import os
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from mates.preprocess.artifact import ArtifactError, atomic_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+DTYPE_CODES: dict[np.dtype[Any], int] = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 UINT16_VOCABULARY = 65_500  # Megatron stores ids as uint16 below this many vocabulary entries
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
@@ -54,9 +54,8 @@ class IndexedWriter:
         self.dtype = dtype
         self.tokens = 0
         self._lengths: list[npt.NDArray[np.int32]] = []
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = prefix.with_name(f".{prefix.name}.bin.{os.getpid()}.tmp")
-        self._bin = self._temporary.open("wb")
+        self._stack = ExitStack()
+        self._bin = self._stack.enter_context(atomic_file(_beside(prefix, ".bin")))
 
     @property
     def documents(self) -> int:
@@ -71,8 +70,12 @@ class IndexedWriter:
             lengths: [D], tokens of each document.
 
         Raises:
-            ValueError: an id that the dtype cannot hold (it would wrap silently), or lengths that do not add up.
+            ValueError: an id that the dtype cannot hold or a length that int32 cannot (they would wrap silently), or lengths that do
+                not add up.
         """
+        if len(lengths) and (int(lengths.min()) < 0 or int(lengths.max()) > np.iinfo(np.int32).max):
+            wrong = int(lengths.min()) if int(lengths.min()) < 0 else int(lengths.max())
+            raise ValueError(f"a document of length {wrong}; the format holds 0 to {np.iinfo(np.int32).max} tokens")
         if int(lengths.sum()) != len(ids):
             raise ValueError(f"lengths add up to {int(lengths.sum())}, {len(ids)} ids were given")
         limits = np.iinfo(self.dtype)
@@ -88,16 +91,12 @@ class IndexedWriter:
         pointers = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
         pointers *= self.dtype.itemsize
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        self._bin.close()
-        with atomic_file(self.prefix.with_suffix(".idx")) as handle:
+        with self._stack, atomic_file(_beside(self.prefix, ".idx")) as handle:
             boundaries = np.arange(len(lengths) + 1, dtype=np.int64)
             handle.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype], len(lengths), len(boundaries)))
             handle.write(lengths.tobytes())
             handle.write(pointers.tobytes())
             handle.write(boundaries.tobytes())
-        self._temporary.replace(self.prefix.with_suffix(".bin"))
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -106,8 +105,7 @@ class IndexedWriter:
         if kind is None:
             self.close()
         else:
-            self._bin.close()
-            self._temporary.unlink(missing_ok=True)
+            self._stack.__exit__(kind, error, trace)
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def open_indexed(prefix: Path, *, verify: bool = False) -> Indexed:
     Raises:
         ArtifactError: a missing, truncated or foreign file, or one whose parts contradict each other.
     """
-    idx, bin_ = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+    idx, bin_ = _beside(prefix, ".idx"), _beside(prefix, ".bin")
     for path in (idx, bin_):
         if not path.is_file():
             raise ArtifactError(f"{path}: no such file")
@@ -149,7 +147,9 @@ def open_indexed(prefix: Path, *, verify: bool = False) -> Indexed:
         raise ArtifactError(f"{idx}: dtype code {code}; expected 8 (uint16) or 4 (int32), Megatron's codes")
     expected = HEADER.size + sequences * 12 + boundaries * 8
     if size != expected:
-        raise ArtifactError(f"{idx}: {size} bytes, but its header promises {sequences} sequences and {boundaries} boundaries: {expected} bytes")
+        raise ArtifactError(
+            f"{idx}: {size} bytes, but its header promises {sequences} sequences and {boundaries} boundaries: {expected} bytes"
+        )
     dtype = dtypes[code]
     lengths = _map(idx, np.dtype(np.int32), HEADER.size, sequences)
     pointers = _map(idx, np.dtype(np.int64), HEADER.size + 4 * sequences, sequences)
@@ -157,10 +157,16 @@ def open_indexed(prefix: Path, *, verify: bool = False) -> Indexed:
     end = (int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize) if sequences else 0
     found = bin_.stat().st_size
     if found != end:
-        raise ArtifactError(f"{bin_}: {found} bytes, but {idx.name} ends at byte {end}; one of the two was cut or belongs to another corpus")
+        raise ArtifactError(
+            f"{bin_}: {found} bytes, but {idx.name} ends at byte {end}; one of the two was cut or belongs to another corpus"
+        )
     if verify:
         _verify(idx, lengths, pointers, bounds, dtype.itemsize)
     return Indexed(_map(bin_, dtype, 0, end // dtype.itemsize), lengths, pointers, bounds)
+
+
+def _beside(prefix: Path, ending: str) -> Path:
+    return prefix.with_name(prefix.name + ending)  # with_suffix would cut a prefix that holds a dot
 
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> Any:
@@ -181,6 +187,8 @@ def _verify(
     expected = np.cumsum(lengths, dtype=np.int64) - lengths
     wrong = np.flatnonzero(expected * itemsize != pointers)
     if len(wrong):
-        raise ArtifactError(f"{idx}: sequence {wrong[0]} starts at byte {pointers[wrong[0]]}, its predecessors end at {expected[wrong[0]] * itemsize}")
+        raise ArtifactError(
+            f"{idx}: sequence {wrong[0]} starts at byte {pointers[wrong[0]]}, its predecessors end at {expected[wrong[0]] * itemsize}"
+        )
     if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != len(lengths) or bool((np.diff(boundaries) < 0).any()):
         raise ArtifactError(f"{idx}: document boundaries do not run from 0 to {len(lengths)}")

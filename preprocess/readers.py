@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zstandard
 
@@ -57,7 +57,7 @@ def find_inputs(patterns: list[str]) -> list[Path]:
             if not matches:
                 raise InputError(f"{path}: no file ending in {', '.join(SUFFIXES)} below this folder")
         else:
-            matches = [path] if path.is_file() else sorted(Path(item) for item in glob.glob(pattern, recursive=True))
+            matches = [path] if path.is_file() else sorted(Path(item) for item in glob.glob(pattern, recursive=True))  # noqa: PTH207 - the pattern may be absolute
         if not matches:
             raise InputError(f"{pattern}: no such file, folder or match")
         found.extend(matches)
@@ -87,6 +87,8 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[Document | 
 
 
 def _lines(path: Path) -> Iterator[bytes]:
+    if path.name.endswith((".zst", ".gz")) and path.stat().st_size == 0:
+        raise EOFError("0 bytes, which is no compressed stream; one of nothing has some")
     if path.name.endswith(".zst"):
         yield from _zstd_lines(path)
     elif path.name.endswith(".gz"):
@@ -139,15 +141,34 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document | Dropped]:
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise InputError(f"{path}: not a Parquet file ({error})") from error
     names = file.schema_arrow.names
     if text_field not in names:
         raise InputError(f"{path}: no column {text_field!r}; found {', '.join(names)}. Set corpus.text_field")
     columns = [name for name in (text_field, "url", "timestamp", "source") if name in names]
-    for batch in file.iter_batches(columns=columns, batch_size=1024):
-        for row in batch.to_pylist():
-            yield _document(row[text_field], row.get("url"), row.get("timestamp"), row.get("source"))
+    try:
+        for batch in file.iter_batches(columns=columns, batch_size=1024):
+            for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
+                row = dict(zip(columns, values, strict=True))
+                yield _document(row[text_field], row.get("url"), row.get("timestamp"), row.get("source"))
+    except pa.ArrowException as error:
+        raise OSError(str(error)) from error
+
+
+def _values(column: Any) -> list[object]:
+    """A column as Python objects; bytes that are no UTF-8, which Parquet does not check, become a lone surrogate."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(item) for item in column]
+
+
+def _value(item: Any) -> object:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError:
+        return "\ud800"
 
 
 def _document(text: object, url: object, timestamp: object, source: object) -> Document | Dropped:
@@ -159,4 +180,5 @@ def _document(text: object, url: object, timestamp: object, source: object) -> D
         text.encode()
     except UnicodeEncodeError:  # lone surrogates: JSON can spell them, UTF-8 and the tokenizers cannot
         return Dropped("invalid unicode")
-    return Document(text, *(None if value is None else str(value) for value in (url, timestamp, source)))
+    known = (None if value is None else str(value).encode(errors="replace").decode() for value in (url, timestamp, source))
+    return Document(text, *known)

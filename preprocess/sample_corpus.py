@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from mates.preprocess.artifact import (
     ArtifactError,
     Cost,
@@ -70,9 +71,7 @@ HELD_OUT_SHARE = 0.65  # of the documents that passages can be made of
 NGRAM = 13
 
 _OWN_NAME = "mates"
-_SKIPPED_FOLDER = re.compile(
-    r"tests?|testing|idle_test|benchmarks|_vendor|_bundled|__pycache__|site-packages|dist-packages", re.IGNORECASE
-)
+_SKIPPED_FOLDER = re.compile(r"tests?|testing|idle_test|benchmarks|_vendor|_bundled|__pycache__|site-packages|dist-packages", re.IGNORECASE)
 _SKIPPED_FILE = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py|requirements.*\.txt|.*cmakelists\.txt")
 _LICENCE_FILE = re.compile(r"(licen[cs]e|copying|notice|copyright|patents|authors)[^/]*")
 _BATCH = 32  # sources a worker gets at a time
@@ -395,11 +394,7 @@ def _hold_out(documents: Sequence[Document], seed: int, drops: Drops) -> list[It
         space = MAX_REFERENCE_ITEMS - len(items[split])
         items[split] += [Item(passage, document.url, split) for passage in chosen[:space]]
     train = NgramIndex([item.passage.text for item in items["train"]])
-    clean = [
-        item
-        for item, hit in zip(items["test"], train.hits([item.passage.text for item in items["test"]]), strict=True)
-        if not hit
-    ]
+    clean = [item for item, hit in zip(items["test"], train.hits([item.passage.text for item in items["test"]]), strict=True) if not hit]
     drops["test item sharing a 13-gram with a train item"] += len(items["test"]) - len(clean)
     return _distinct(items["train"]) + _distinct(clean)
 
@@ -458,9 +453,7 @@ class NgramIndex:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def _corpus(
-    documents: Sequence[Document], items: Sequence[Item], seed: int, max_text_bytes: int | None, drops: Drops
-) -> list[Document]:
+def _corpus(documents: Sequence[Document], items: Sequence[Item], seed: int, max_text_bytes: int | None, drops: Drops) -> list[Document]:
     """The documents of the shards in their final order."""
     held_out = {item.url for item in items}
     drops["held out for the reference task"] += len(held_out)

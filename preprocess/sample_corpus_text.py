@@ -201,9 +201,7 @@ def pack(blocks: Sequence[str]) -> list[str]:
 # --- reading files -------------------------------------------------------------------------------------------------
 
 _HEADING = re.compile(r"^(?=#{1,4} \S)|^(?=[^\s].{2,80}\n[=\-~*^]{3,}[ ]*$)", re.MULTILINE)
-_BADGE = re.compile(
-    r"^.*(\[!\[|<img |</?(p|div|a|h1|br|picture|source|table|tr|td)\b|\.\. image::|shields\.io).*$", re.MULTILINE
-)
+_BADGE = re.compile(r"^.*(\[!\[|<img |</?(p|div|a|h1|br|picture|source|table|tr|td)\b|\.\. image::|shields\.io).*$", re.MULTILINE)
 _LINK = re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?: \"[^\"]*\")?\)")
 
 
@@ -253,8 +251,7 @@ def read_python(text: str, with_code: bool) -> list[Piece]:
     hidden: set[int] = set()
     found = [block for block in _documentation(tree, "", lines, hidden) if is_text(block[0] + block[1])]
     pieces = [
-        Piece(f"docstrings/{label}", label, [block[place] for block in found if block[place]])
-        for place, label in enumerate((PROSE, API))
+        Piece(f"docstrings/{label}", label, [block[place] for block in found if block[place]]) for place, label in enumerate((PROSE, API))
     ]
     if with_code:
         pieces.append(Piece("code", CODE, _code_blocks(lines, hidden)))

@@ -6,12 +6,13 @@ id: only the driver puts end-of-document tokens.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,10 @@ class HuggingFaceTokenizer:
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
         self.end_of_document = _pick_end_of_document(ids, end_of_document)
+        name = str(tokenizer.id_to_token(self.end_of_document))
+        if self.end_of_document in self.encode_batch([name])[0]:  # a token that the file does not call special is found in text
+            tokenizer.add_special_tokens([name])
+        _refuse_end_of_document_in_text(self, name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See :class:`Tokenizer`."""
@@ -79,6 +84,7 @@ class SentencePieceTokenizer:
         self._control = np.array([processor.is_control(item) or processor.is_unknown(item) for item in range(self.vocab_size)])
         pieces = {processor.id_to_piece(item): item for item in range(self.vocab_size)}
         self.end_of_document = _pick_end_of_document(pieces, end_of_document)
+        _refuse_end_of_document_in_text(self, str(processor.id_to_piece(self.end_of_document)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See :class:`Tokenizer`. Sentencepiece never makes control ids of text."""
@@ -98,6 +104,14 @@ def _pick_end_of_document(ids: dict[str, int], asked: str | None) -> int:
     raise TokenizerError(
         f"the tokenizer has none of {', '.join(END_OF_DOCUMENT_NAMES)}; name the token that ends a document in tokenizer.end_of_document"
     )
+
+
+def _refuse_end_of_document_in_text(tokenizer: Tokenizer, name: str) -> None:
+    if tokenizer.end_of_document in tokenizer.encode_batch([name])[0]:
+        raise TokenizerError(
+            f"tokenizer.end_of_document: the text {name!r} is encoded as this token, so it cannot mark the end of documents; "
+            "name a special (control) token"
+        )
 
 
 def load_tokenizer(path: Path, end_of_document: str | None = None) -> Tokenizer:
@@ -164,7 +178,7 @@ def make_tokenizer(
     start = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     if path is not None:
-        name = _take(path, directory)
+        name = _take(path, end_of_document, directory)
     elif kind == "bpe":
         name = _train_bpe(_first_bytes(texts, train_bytes), vocab_size, end_of_document, directory)
     else:
@@ -176,7 +190,12 @@ def make_tokenizer(
         kind="tokenizer",
         settings=settings,
         inputs=inputs,
-        info={"vocab_size": tokenizer.vocab_size, "end_of_document": tokenizer.end_of_document, "end_of_document_text": eod_name, "file": name},
+        info={
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_document": tokenizer.end_of_document,
+            "end_of_document_text": eod_name,
+            "file": name,
+        },
         cost=Cost(seconds=time.perf_counter() - start),
     )
 
@@ -187,9 +206,10 @@ def open_tokenizer(directory: Path) -> tuple[Tokenizer, Manifest]:
     return load_tokenizer(directory / manifest.info["file"], manifest.settings["end_of_document"]), manifest
 
 
-def _take(path: str, directory: Path) -> str:
+def _take(path: str, end_of_document: str | None, directory: Path) -> str:
     if Path(path).exists():
         file = _tokenizer_file(Path(path))
+        load_tokenizer(file, end_of_document)  # so that what is wrong is said of the user's file
         name = HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE
         shutil.copyfile(file, directory / name)
         return name
@@ -200,7 +220,9 @@ def _take(path: str, directory: Path) -> str:
     try:
         tokenizers.Tokenizer.from_pretrained(path).save(str(directory / HF_FILE))
     except Exception as error:  # the library raises bare Exception for network and repository errors
-        raise TokenizerError(f"tokenizer.path: {path!r} is neither a file here nor could it be fetched from the model hub ({error})") from error
+        raise TokenizerError(
+            f"tokenizer.path: {path!r} is neither a file here nor could it be fetched from the model hub ({error})"
+        ) from error
     return HF_FILE
 
 
@@ -235,10 +257,22 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int, directory: Path)
     import sentencepiece
 
     lines = (line for text in texts for line in text.splitlines() if line.strip())
-    prefix = directory / Path(SENTENCEPIECE_FILE).stem
+    model = io.BytesIO()  # given a path instead, the trainer would write that path into the model
+    try:
+        _sentencepiece_trainer(sentencepiece, lines, model, vocab_size)
+    except RuntimeError as error:
+        raise TokenizerError(
+            f"tokenizer.vocab_size: sentencepiece cannot make {vocab_size} entries of this text ({error}). Give more text or ask for fewer"
+        ) from error
+    with artifact.atomic_file(directory / SENTENCEPIECE_FILE) as handle:
+        handle.write(model.getvalue())
+    return SENTENCEPIECE_FILE
+
+
+def _sentencepiece_trainer(sentencepiece: Any, lines: Iterator[str], model: IO[bytes], vocab_size: int) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines,
-        model_prefix=str(prefix),
+        model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
@@ -246,18 +280,22 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int, directory: Path)
         normalization_rule_name="identity",  # a language model must be able to write what it read
         remove_extra_whitespaces=False,
         user_defined_symbols=["\n", "\t"],
+        max_sentence_length=2**30,  # the default leaves lines of more than 4,192 bytes out
         num_threads=1,  # the trainer's sums depend on the number of threads
         minloglevel=2,
     )
-    prefix.with_suffix(".vocab").unlink(missing_ok=True)
-    return SENTENCEPIECE_FILE
 
 
 def _write_hugging_face_config(directory: Path, name: str, tokenizer: Tokenizer) -> str:
     """Lets ``AutoTokenizer.from_pretrained`` read the folder; returns the end-of-document token's text."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text = str(tokenizer.library.id_to_token(tokenizer.end_of_document))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": text, "bos_token": text, "unk_token": text}
+        config: dict[str, str | bool] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": text,
+            "bos_token": text,
+            "unk_token": text,
+        }
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)
         text = str(tokenizer.library.id_to_piece(tokenizer.end_of_document))

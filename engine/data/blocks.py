@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,8 @@ class Blocks:
 def block_sizes(recipe: Recipe) -> list[int]:
     """Candidates of each stage: steps · batch for stage 0, ceil(steps · batch / ratio) after it."""
     trained = recipe.pretrain.steps_per_stage * recipe.pretrain.batch_size
-    return [trained] + [math.ceil(trained / recipe.select.ratio)] * (recipe.pretrain.stages - 1)
+    ratio = Fraction(str(recipe.select.ratio))  # 21 / 0.35 is 60, but a little more in binary fractions, and would be rounded up to 61
+    return [trained] + [math.ceil(trained / ratio)] * (recipe.pretrain.stages - 1)
 
 
 def make_blocks(recipe: Recipe, samples: int) -> Blocks:

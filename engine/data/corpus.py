@@ -51,7 +51,9 @@ class Corpus:
         return result
 
     def document_of(self, sample: int) -> int:
-        """Number of the document that a sample's first token belongs to."""
+        """Number of the document that a sample's first token belongs to. IndexError for an id outside the corpus."""
+        if not 0 <= sample < self.samples:
+            raise IndexError(f"{self.directory}: sample id {sample} of {self.samples}")
         offset = sample * self.length * self.indexed.tokens.dtype.itemsize
         return int(np.searchsorted(self.indexed.pointers, offset, side="right")) - 1
 

@@ -24,9 +24,7 @@ class SelectionIndex:
     ids: npt.NDArray[np.int64]
 
 
-def write_index(
-    request: Request, ids: npt.NDArray[np.int64], *, info: Mapping[str, Any], cost: Cost
-) -> Manifest:
+def write_index(request: Request, ids: npt.NDArray[np.int64], *, info: Mapping[str, Any], cost: Cost) -> Manifest:
     """Write the artifact."""
     with artifact.atomic_file(request.directory / INDEX_FILE) as handle:
         np.save(handle, np.ascontiguousarray(ids, np.int64), allow_pickle=False)
@@ -52,6 +50,8 @@ def load_array(path: Path, dtype: np.dtype[Any], ndim: int) -> npt.NDArray[Any]:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ArtifactError(f"{path}: not a readable .npy file ({error})") from error
+    if not isinstance(values, np.ndarray):
+        raise ArtifactError(f"{path}: not a readable .npy file (an archive of several)")
     if values.dtype != dtype or values.ndim != ndim:
         raise ArtifactError(f"{path}: {values.dtype} with {values.ndim} axes, expected {dtype} with {ndim}")
-    return np.asarray(values) if values.size == 0 else values  # type: ignore[no-any-return]
+    return np.asarray(values) if values.size == 0 else values

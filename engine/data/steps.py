@@ -28,7 +28,12 @@ def sample_corpus_step(recipe: Recipe) -> Manifest | None:
     """Write the embedded corpus where the recipe uses it."""
     if not uses_sample(recipe):
         return None
-    return write_sample_corpus(layout_of(recipe).sample_corpus, seed=recipe.corpus.split_seed, max_text_bytes=recipe.corpus.sample_bytes, progress=say)
+    return write_sample_corpus(
+        layout_of(recipe).sample_corpus,
+        seed=recipe.corpus.split_seed,
+        max_text_bytes=recipe.corpus.sample_bytes,
+        progress=say,
+    )
 
 
 def input_files(recipe: Recipe) -> list[Path]:
@@ -55,7 +60,9 @@ def tokenizer_step(recipe: Recipe) -> Manifest:
     inputs: dict[str, str] = {}
     if config.path is None:
         origin = _origin(recipe) or [[str(path), path.stat().st_size] for path in input_files(recipe)]
-        inputs["documents"] = artifact.fingerprint_of([origin, recipe.corpus.text_field, recipe.corpus.pool_share, recipe.corpus.holdout_share])
+        inputs["documents"] = artifact.fingerprint_of(
+            [origin, recipe.corpus.text_field, recipe.corpus.pool_share, recipe.corpus.holdout_share]
+        )
     return make_tokenizer(
         layout_of(recipe).tokenizer,
         path=config.path,
@@ -104,5 +111,8 @@ def reference_step(recipe: Recipe) -> dict[Half, Manifest]:
         seed=recipe.corpus.split_seed,
     )
     for half, manifest in done.items():
-        say(f"reference: {half} half with {manifest.info['items']:,} items, {manifest.info['tokens']:,} tokens, {manifest.info['label_tokens']:,} of them labels")
+        say(
+            f"reference: {half} half with {manifest.info['items']:,} items, {manifest.info['tokens']:,} tokens, "
+            f"{manifest.info['label_tokens']:,} of them labels"
+        )
     return done

@@ -42,7 +42,7 @@ def evaluate_request(recipe: Recipe, method: str, stage: int) -> Request:
         "holdout": artifact.load(layout.corpus("holdout"), "corpus").fingerprint,
         f"reference.{test.settings['name']}": test.fingerprint,
     }
-    settings = {"decay_steps": config.decay_steps, "holdout_samples": config.holdout_samples, "stage": stage, "seed": recipe.seed}
+    settings = {"decay_steps": config.decay_steps, "holdout_samples": config.holdout_samples, "stage": stage}
     return Request(directory=layout.evaluation(method, stage), kind="evaluation", settings=settings, inputs=inputs)
 
 
@@ -64,7 +64,11 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     ids = holdout_ids(recipe, holdout.samples)
     metrics = {
         "holdout_loss_nats": holdout_loss(trainer, holdout, ids, config.batch_size),
-        **reference_metrics(trainer, test.name, label_batches(test, batch_tokens=config.batch_size * recipe.pretrain.sequence_length, device=world.device)),
+        **reference_metrics(
+            trainer,
+            test.name,
+            label_batches(test, batch_tokens=config.batch_size * recipe.pretrain.sequence_length, device=world.device),
+        ),
         "holdout_samples": len(ids),
         "reference_items": test.items,
     }
@@ -74,7 +78,12 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
             f"{metrics[f'{test.name}.loss_nats']:.4f} nats, accuracy {100 * metrics[f'{test.name}.accuracy']:.1f}%"
         )
     cost = Cost(
-        flops=evaluation_flops(recipe, corpus.info("tokenizer")["vocab_size"], len(ids), (test.items, len(test.tokens), test.manifest.info["label_tokens"])),
+        flops=evaluation_flops(
+            recipe,
+            corpus.info("tokenizer")["vocab_size"],
+            len(ids),
+            (test.items, len(test.tokens), test.manifest.info["label_tokens"]),
+        ),
         seconds=time.perf_counter() - start,
         tokens=config.decay_steps * recipe.pretrain.tokens_per_step + len(ids) * recipe.pretrain.sequence_length + len(test.tokens),
     )
@@ -109,8 +118,8 @@ def _decay(recipe: Recipe, trainer: Trainer, corpus: Corpus, index: npt.NDArray[
 
 
 def holdout_ids(recipe: Recipe, samples: int) -> npt.NDArray[np.int64]:
-    """Ids of the holdout samples that are measured: the same at every stage."""
-    return KeyedPermutation(samples, recipe.seed, "holdout")(np.arange(min(samples, recipe.evaluate.holdout_samples)))
+    """Ids of the holdout samples that are measured: the same at every stage, and for every seed of a run on the same corpora."""
+    return KeyedPermutation(samples, recipe.corpus.split_seed, "holdout")(np.arange(min(samples, recipe.evaluate.holdout_samples)))
 
 
 def holdout_loss(trainer: Trainer, holdout: Corpus, ids: npt.NDArray[np.int64], batch_size: int) -> float:
@@ -131,7 +140,12 @@ def reference_metrics(trainer: Trainer, name: str, batches: Sequence[Any]) -> di
     def measure(batch: Any) -> list[float]:
         losses, hits = labelled(batch.tokens, batch.positions, batch.targets)
         missed = torch.unique(batch.items[~hits])
-        return [float(losses.double().sum()), float(len(losses)), float(len(torch.unique(batch.items)) - len(missed)), float(len(batch.tokens))]
+        return [
+            float(losses.double().sum()),
+            float(len(losses)),
+            float(len(torch.unique(batch.items)) - len(missed)),
+            float(len(batch.tokens)),
+        ]
 
     loss, labels, right, items = _sums(trainer, batches, measure, 4)
     return {f"{name}.loss_nats": loss / labels, f"{name}.accuracy": right / items}

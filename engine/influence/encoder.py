@@ -55,10 +55,10 @@ class InfluenceEncoder(nn.Module):
 
 def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:
     """The recipe's encoder: pretrained by name or path, or a fresh BERT over the language model's vocabulary."""
-    from transformers import AutoModel, BertConfig, BertModel
+    from transformers import BertConfig, BertModel
 
     if config.encoder is not None:
-        return InfluenceEncoder(AutoModel.from_pretrained(config.encoder, dtype=torch.float32))
+        return InfluenceEncoder(_pretrained(config.encoder))
     bert = BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
@@ -72,13 +72,20 @@ def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:
 
 def load_encoder(directory: Path) -> InfluenceEncoder:
     """An encoder from an influence-model folder."""
+    model = InfluenceEncoder(_pretrained(directory, local_files_only=True))
+    model.head.load_state_dict(load_file(directory / HEAD_FILE))
+    return model
+
+
+def _pretrained(source: str | Path, **options: Any) -> nn.Module:
+    """An encoder in fp32, without BERT's pooling layer, which nothing here uses."""
     from transformers import AutoModel
 
-    kwargs = {"dtype": torch.float32, "local_files_only": True}
-    model = InfluenceEncoder(AutoModel.from_pretrained(directory, **kwargs))
-    if hasattr(model.encoder, "pooler"):
-        model.encoder.pooler = None  # BERT's pooler is not used, and would be made anew
-    model.head.load_state_dict(load_file(directory / HEAD_FILE))
+    options["dtype"] = torch.float32
+    try:
+        model: nn.Module = AutoModel.from_pretrained(source, add_pooling_layer=False, **options)
+    except TypeError:  # a family that has no such layer, nor the option
+        model = AutoModel.from_pretrained(source, **options)
     return model
 
 

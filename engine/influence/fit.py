@@ -87,11 +87,25 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     reader = encoder_inputs(config, tokenizer, tokenizer.vocab_size)
     torch.manual_seed(key_of(recipe.seed, "fit", stage)[0])
     model = (load_encoder(parent) if parent else new_encoder(config, reader.vocab_size)).to(world.device)
-    run = _Fit(config, model, reader, pool.windows(ids)[:, :-1], values, split_labels(ids, config, recipe.seed), recipe.seed, stage, world.device)
+    run = _Fit(
+        config,
+        model,
+        reader,
+        pool.windows(ids)[:, :-1],
+        values,
+        split_labels(ids, config, recipe.seed),
+        recipe.seed,
+        stage,
+        world.device,
+    )
     run.train(f"fit {method} stage {stage}")
     predicted = run.predict(np.arange(len(ids)))
     _save(request.directory, run, reader, ids, predicted)
-    info = run.info(predicted) | {"encoder_shape": asdict(model.shape()), "references": labels.info["references"], "warm_started": parent is not None}
+    info = run.info(predicted) | {
+        "encoder_shape": asdict(model.shape()),
+        "references": labels.info["references"],
+        "warm_started": parent is not None,
+    }
     cost = Cost(flops=run.flops, seconds=time.perf_counter() - start, tokens=run.tokens)
     result = request.commit(info=info, cost=cost)
     shown = ", ".join(f"{name} {'undefined' if value is None else f'{value:.3f}'}" for name, value in info["agreement"]["test"].items())
@@ -118,7 +132,9 @@ class _Fit:
         self.values, self.parts, self.seed, self.stage, self.device = values, parts, seed, stage, device
         for name, rows in parts.items():
             if len(rows) < 2:
-                raise ArtifactError(f"fit: {len(rows)} labels in the {name} part, at least 2 are needed; raise probe.samples or fit.{name}_share")
+                raise ArtifactError(
+                    f"fit: {len(rows)} labels in the {name} part, at least 2 are needed; raise probe.samples or fit.{name}_share"
+                )
         train = values[parts["train"]]
         self.mean, self.sd = float(train.mean()), float(train.std())
         if self.sd == 0:
@@ -166,7 +182,10 @@ class _Fit:
     def _groups(self) -> list[dict[str, Any]]:
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim >= 2]
         vectors = [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
-        return [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
 
     def _shuffled(self, rows: npt.NDArray[np.int64], epoch: int) -> Iterator[npt.NDArray[np.int64]]:
         order = rows[KeyedPermutation(len(rows), self.seed, f"fit-epoch-{epoch}", self.stage)(np.arange(len(rows)))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mates.engine.chunks import PLAN, run_chunks
+from mates.engine.chunks import discard_plan, run_chunks
 from mates.engine.config import Recipe, ScoreConfig
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
@@ -49,6 +50,7 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     done: Manifest | None = world.same(request.find)
     if done:
         return done
+    started = time.perf_counter()
     layout, target = layout_of(recipe), request.directory
     model_dir = layout.influence_model(method, stage)
     model_manifest = artifact.load(model_dir, "influence model")
@@ -74,6 +76,7 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         make=make,
         world=world,
         label=f"score {method} stage {stage}",
+        started=started,
     )
     shape = EncoderShape(**model_manifest.info["encoder_shape"])
     read = min(recipe.pretrain.sequence_length, recipe.fit.chunk_tokens * recipe.fit.max_chunks)
@@ -92,7 +95,7 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
             raise ArtifactError(f"{target}: the shards hold {len(scores)} scores for {count} candidates; remove the folder and score again")
         names = [shard_name(number) for number in range(chunks)]
         manifest = request.commit(info=info, cost=cost, files=names)
-        (target / PLAN).unlink()
+        discard_plan(target)
         return manifest
 
     result: Manifest = world.same(commit)
@@ -105,7 +108,11 @@ def shard_name(number: int) -> str:
 
 
 def score_samples(
-    model: InfluenceEncoder, reader: EncoderInputs, samples: npt.NDArray[np.int64], config: ScoreConfig, device: torch.device
+    model: InfluenceEncoder,
+    reader: EncoderInputs,
+    samples: npt.NDArray[np.int64],
+    config: ScoreConfig,
+    device: torch.device,
 ) -> npt.NDArray[np.float32]:
     """Scores of samples [n, L], in label SD: [n] float32. Batches form here, inside a chunk, so ranks change nothing."""
     scores = []
@@ -121,7 +128,9 @@ def _read_shards(directory: Path, chunks: int) -> npt.NDArray[np.float32]:
     scores = np.concatenate(shards)
     bad = np.flatnonzero(~np.isfinite(scores).all(1))
     if len(bad):
-        raise ArtifactError(f"{directory}: {len(bad)} scores are not finite, the first at candidate {bad[0]}; the influence model is broken")
+        raise ArtifactError(
+            f"{directory}: {len(bad)} scores are not finite, the first at candidate {bad[0]}; the influence model is broken"
+        )
     return scores
 
 
@@ -133,7 +142,9 @@ def read_scores(directory: Path, corpus_fingerprint: str) -> tuple[npt.NDArray[n
     """
     manifest = artifact.load(directory, "scores")
     if manifest.inputs["corpus"] != corpus_fingerprint:
-        raise ArtifactError(f"{directory}: scores of corpus {manifest.inputs['corpus'][:12]}, but the train corpus is {corpus_fingerprint[:12]}")
+        raise ArtifactError(
+            f"{directory}: scores of corpus {manifest.inputs['corpus'][:12]}, but the train corpus is {corpus_fingerprint[:12]}"
+        )
     scores = _read_shards(directory, len(manifest.files))
     if len(scores) != manifest.info["samples"]:
         raise ArtifactError(f"{directory}: {len(scores)} scores in the shards, {manifest.info['samples']} in the manifest")

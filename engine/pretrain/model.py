@@ -86,6 +86,6 @@ class LabelledLoss(nn.Module):
         Returns:
             [P] cross-entropy in nats (fp32, fp64 for an fp64 model), and [P] bool, whether the target is the likeliest token.
         """
-        hidden = self.model.base_model(input_ids=tokens).last_hidden_state  # type: ignore[operator,union-attr]
+        hidden = self.model.base_model(input_ids=tokens).last_hidden_state  # type: ignore[operator]
         logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])  # type: ignore[operator]
         return nn.functional.cross_entropy(at_least_fp32(logits), targets, reduction="none"), logits.argmax(-1) == targets

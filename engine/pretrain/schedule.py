@@ -15,12 +15,12 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     """
     if step < 1:
         raise ValueError(f"optimizer steps count from 1, got {step}")
+    step = min(step, config.total_steps)
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "wsd":
         return config.lr
-    length = max(1, config.total_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / length)
+    progress = (step - config.warmup_steps) / (config.total_steps - config.warmup_steps)
     share = config.min_lr_share + (1 - config.min_lr_share) * (1 + math.cos(math.pi * progress)) / 2
     return config.lr * share
 

@@ -68,9 +68,7 @@ PRESETS = {
     "pythia-12b": _pythia(5120, 36, 40),
 }
 
-_SMALL = ModelShape(
-    family="gpt_neox", hidden_size=128, layers=4, heads=4, kv_heads=4, intermediate_size=512, max_positions=512
-)
+_SMALL = ModelShape(family="gpt_neox", hidden_size=128, layers=4, heads=4, kv_heads=4, intermediate_size=512, max_positions=512)
 
 
 def resolve_shape(config: ModelConfig) -> ModelShape:
@@ -93,13 +91,21 @@ def resolve_shape(config: ModelConfig) -> ModelShape:
         asked["intermediate_size"] = 4 * asked["hidden_size"]
     shape = replace(base, **asked)
     shape = replace(shape, kv_heads=config.kv_heads or shape.heads)
-    require(shape.hidden_size % shape.heads == 0, "model.heads", shape.heads, f"a divisor of model.hidden_size = {shape.hidden_size}")
+    require(
+        shape.hidden_size % shape.heads == 0,
+        "model.heads",
+        shape.heads,
+        f"a divisor of model.hidden_size = {shape.hidden_size}",
+    )
     head_dim = shape.hidden_size // shape.heads
     rotary = 8 if shape.family == "gpt_neox" else 2  # GPT-NeoX turns a quarter of each head, in pairs
-    require(head_dim % rotary == 0, "model.heads", shape.heads, f"a head width that is a multiple of {rotary} (here it is {head_dim})")
     require(
-        shape.heads % shape.kv_heads == 0, "model.kv_heads", shape.kv_heads, f"a divisor of model.heads = {shape.heads}"
+        head_dim % rotary == 0,
+        "model.heads",
+        shape.heads,
+        f"a head width that is a multiple of {rotary} (here it is {head_dim})",
     )
+    require(shape.heads % shape.kv_heads == 0, "model.kv_heads", shape.kv_heads, f"a divisor of model.heads = {shape.heads}")
     require(
         shape.family == "llama" or shape.kv_heads == shape.heads,
         "model.kv_heads",

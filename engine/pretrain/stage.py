@@ -35,7 +35,11 @@ def training_settings(recipe: Recipe) -> dict[str, Any]:
     config = {key: value for key, value in asdict(recipe.pretrain).items() if key not in NOT_IDENTITY}
     if recipe.pretrain.schedule == "cosine":
         config["total_steps"] = recipe.pretrain.total_steps
-    return {"model": asdict(resolve_shape(recipe.model)) | {"vocab_multiple": recipe.model.vocab_multiple}, "pretrain": config, "seed": recipe.seed}
+    return {
+        "model": asdict(resolve_shape(recipe.model)) | {"vocab_multiple": recipe.model.vocab_multiple},
+        "pretrain": config,
+        "seed": recipe.seed,
+    }
 
 
 def training_flops(recipe: Recipe, corpus_vocab: int, samples: int) -> float:
@@ -79,6 +83,7 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     done: Manifest | None = world.same(request.find)
     if done:
         return done
+    started = time.perf_counter()
     layout = layout_of(recipe)
     corpus = open_train_corpus(recipe)
     index = read_index(layout.index(method, stage), corpus.fingerprint)
@@ -86,7 +91,7 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     if len(index.ids) != wanted:
         raise ArtifactError(f"{layout.index(method, stage)}: {len(index.ids)} samples, the stage trains on {wanted}")
     trainer = new_trainer(recipe, world, corpus)
-    run = _StageRun(recipe, trainer, corpus, np.asarray(index.ids), request, method, stage)
+    run = _StageRun(recipe, trainer, corpus, np.asarray(index.ids), request, method, stage, started)
     run.restore()
     run.train()
     manifest = run.save(request)
@@ -106,12 +111,14 @@ class _StageRun:
         request: Request,
         method: str,
         stage: int,
+        started: float,
     ) -> None:
         self.recipe, self.trainer, self.corpus, self.ids = recipe, trainer, corpus, ids
         self.layout, self.request, self.method, self.stage = layout_of(recipe), request, method, stage
         self.losses: list[float] = []
         self.seconds_before = 0.0
-        self.start = time.perf_counter()
+        self.start = started
+        self.trained_from = started
 
     @property
     def first_step(self) -> int:
@@ -122,7 +129,7 @@ class _StageRun:
         """Continue from the stage's newest whole partial checkpoint, else from the stage before, else from scratch."""
         world = self.trainer.world
         newest: Path | None = world.same(self._newest_partial)
-        if newest is not None:
+        if newest is not None:  # its seconds are those of the attempts before
             manifest = checkpoint.load(newest, self.trainer, "partial checkpoint")
             self.losses = list(checkpoint.read_losses(newest))
             self.seconds_before = float(manifest.info["seconds"])
@@ -130,7 +137,7 @@ class _StageRun:
                 say(f"pretrain {self.method} stage {self.stage}: continuing from step {len(self.losses)}")
         elif self.stage > 0:
             checkpoint.load(self.layout.checkpoint(self.method, self.stage - 1), self.trainer, "checkpoint")
-        self.start = time.perf_counter()
+        self.trained_from = time.perf_counter()
 
     def _newest_partial(self) -> Path | None:
         folder = self.layout.partial_checkpoints(self.method, self.stage)
@@ -165,7 +172,7 @@ class _StageRun:
     def _log(self, step: int, lr: float, result: StepResult, done: int) -> None:
         if not self.trainer.world.first:
             return
-        elapsed = time.perf_counter() - self.start
+        elapsed = time.perf_counter() - self.trained_from
         line = {
             "time": time.time(),
             "method": self.method,

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from mates.engine.pretrain.checkpoint import OptimizerState
 from mates.engine.pretrain.model import LabelledLoss, next_token_loss
 from mates.engine.reference.batches import LabelBatch
+from mates.kernels.adamw import AdamWStep, stepped_weight
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -40,19 +41,13 @@ def clip_factor(norm: torch.Tensor, clip_norm: float) -> torch.Tensor:
     return torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
 
 
-def adamw_weights(state: OptimizerState, grads: Tensors) -> dict[str, torch.Tensor]:
-    """Weights after one AdamW step with clipped ``grads``, out of place (arXiv 1711.05101, algorithm 2, in PyTorch's order)."""
-    t, lr = state.t + 1, state.next_lr
-    correction1, correction2 = 1 - state.beta1**t, 1 - state.beta2**t
-    result = {}
-    for name, weight in state.weights.items():
-        grad = grads[name]
-        first = torch.lerp(state.exp_avg[name], grad, 1 - state.beta1)
-        second = (state.exp_avg_sq[name] * state.beta2).addcmul_(grad, grad, value=1 - state.beta2)
-        denominator = second.sqrt_().div_(correction2**0.5).add_(state.eps)
-        decayed = weight * (1 - lr * state.weight_decay[name])
-        result[name] = decayed.addcdiv_(first, denominator, value=-lr / correction1)
-    return result
+def adamw_weights(state: OptimizerState, grads: Tensors, factor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weights after one AdamW step with gradients scaled by ``factor``, out of place."""
+    step = AdamWStep(t=state.t + 1, lr=state.next_lr, beta1=state.beta1, beta2=state.beta2, eps=state.eps)
+    return {
+        name: stepped_weight(weight, state.exp_avg[name], state.exp_avg_sq[name], grads[name], factor, step, state.weight_decay[name])
+        for name, weight in state.weights.items()
+    }
 
 
 class ExactProbe:
@@ -95,9 +90,7 @@ class ExactProbe:
         """Influence of one sample [L + 1] int64."""
         loss, grads = self.sample_gradient(window)
         norm = torch.stack([grad.double().square().sum() for grad in grads.values()]).sum().sqrt()
-        factor = clip_factor(norm, self._state.clip_norm)
-        clipped = {name: grad * factor.to(grad.dtype) for name, grad in grads.items()}
-        after = self.reference_loss(adamw_weights(self._state, clipped))
+        after = self.reference_loss(adamw_weights(self._state, grads, clip_factor(norm, self._state.clip_norm)))
         return ProbeResult(after - self.baseline_loss_nats, loss, float(norm))
 
     def probe_all(self, windows: npt.NDArray[np.int64], device: torch.device) -> list[ProbeResult]:

@@ -55,8 +55,10 @@ def probe_flops(recipe: Recipe, vocab_size: int, reference: Reference | tuple[in
 
     ``reference`` is one, or (items, tokens, label tokens) of one that does not exist yet.
     """
-    items, tokens, labels = reference if isinstance(reference, tuple) else (
-        reference.items, len(reference.tokens), int(reference.manifest.info["label_tokens"])
+    items, tokens, labels = (
+        reference
+        if isinstance(reference, tuple)
+        else (reference.items, len(reference.tokens), int(reference.manifest.info["label_tokens"]))
     )
     shape, rows = resolve_shape(recipe.model), padded_vocabulary(vocab_size, recipe.model.vocab_multiple)
     length = recipe.pretrain.sequence_length
@@ -68,7 +70,11 @@ def probe_flops(recipe: Recipe, vocab_size: int, reference: Reference | tuple[in
 def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
     """The labels that choose the data of ``stage``."""
     layout = layout_of(recipe)
-    settings = asdict(recipe.probe) | {"stage": stage, "seed": recipe.seed, "sequence_length": recipe.pretrain.sequence_length}
+    settings = asdict(recipe.probe) | {
+        "stage": stage,
+        "seed": recipe.seed,
+        "sequence_length": recipe.pretrain.sequence_length,
+    }
     settings.pop("chunk_size")
     reference = artifact.load(layout.reference("train"), "reference")
     inputs = {
@@ -85,6 +91,7 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     done: Manifest | None = world.same(request.find)
     if done:
         return done
+    started = time.perf_counter()
     layout = layout_of(recipe)
     parent = layout.checkpoint(method, stage - 1)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
@@ -100,6 +107,7 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         make=lambda number, path: _write_part(path, prober, pool, ids[number * size : (number + 1) * size], reference.name, world),
         world=world,
         label=f"probe {method} stage {stage}",
+        started=started,
     )
     cost = Cost(
         flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], reference, len(ids)),
@@ -145,16 +153,17 @@ def _write_part(path: Path, prober: ExactProbe, pool: Corpus, ids: npt.NDArray[n
         pq.write_table(table, handle)
 
 
-def _commit(
-    request: Request, parts: Path, prober: ExactProbe, ids: npt.NDArray[np.int64], reference_name: str, cost: Cost
-) -> Manifest:
-    start = time.perf_counter()
+def _commit(request: Request, parts: Path, prober: ExactProbe, ids: npt.NDArray[np.int64], reference_name: str, cost: Cost) -> Manifest:
     table = pa.concat_tables(pq.read_table(path) for path in sorted(parts.glob("part-*.parquet")))
     if table["sample_id"].to_numpy().tolist() != ids.tolist():
-        raise ArtifactError(f"{parts}: the parts hold {table.num_rows} samples, not the {len(ids)} asked for; remove {parts} and probe again")
+        raise ArtifactError(
+            f"{parts}: the parts hold {table.num_rows} samples, not the {len(ids)} asked for; remove {parts} and probe again"
+        )
     values = table[influence_column(reference_name)].to_numpy()
     if not np.isfinite(values).all():
-        raise ArtifactError(f"{parts}: {int((~np.isfinite(values)).sum())} influences are not finite; the checkpoint or its optimizer state is broken")
+        raise ArtifactError(
+            f"{parts}: {int((~np.isfinite(values)).sum())} influences are not finite; the checkpoint or its optimizer state is broken"
+        )
     with artifact.atomic_file(request.directory / LABELS_FILE) as handle:
         pq.write_table(table, handle)
     info = {
@@ -165,7 +174,6 @@ def _commit(
         "baseline_loss_nats": prober.baseline_loss_nats,
         "references": [reference_name],
     }
-    cost = Cost(flops=cost.flops, seconds=cost.seconds + time.perf_counter() - start, tokens=cost.tokens)
     manifest = request.commit(info=info, cost=cost, files=[LABELS_FILE])
     shutil.rmtree(parts)
     say(f"probe: {len(ids)} influences, mean {values.mean():+.2e} nats, SD {values.std():.2e}, {100 * (values < 0).mean():.0f}% help")
@@ -179,5 +187,7 @@ def read_labels(directory: Path, reference_name: str) -> tuple[npt.NDArray[np.in
         table = pq.read_table(directory / LABELS_FILE)
         ids, values = table["sample_id"].to_numpy(), table[influence_column(reference_name)].to_numpy()
     except (pa.ArrowInvalid, KeyError) as error:
-        raise ArtifactError(f"{directory / LABELS_FILE}: {error}; expected columns sample_id and {influence_column(reference_name)}") from error
+        raise ArtifactError(
+            f"{directory / LABELS_FILE}: {error}; expected columns sample_id and {influence_column(reference_name)}"
+        ) from error
     return ids, values, manifest

@@ -73,14 +73,16 @@ def read_passages(path: Path, seed: int) -> list[Passage]:
     if not path.is_file():
         raise InputError(f"reference.source: {path}: no such file")
     passages, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # str.splitlines would also split at U+2028 inside a text
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             text = row["text"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: expected a JSON object with a 'text' of words, found {line[:80]!r}") from error
+            text.encode()  # a lone surrogate could not be hashed or tokenized
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            found = line[:80].decode(errors="replace")
+            raise InputError(f"{path}:{number}: expected a JSON object with a 'text' of words, found {found!r}") from error
         context, _, word = text.rpartition(" ")
         if not context.strip():
             raise InputError(f"{path}:{number}: a passage needs at least two words, found {text!r}")
@@ -121,12 +123,15 @@ def drop_overlapping(held_out: list[Passage], reference: list[Passage]) -> tuple
     return kept, len(held_out) - len(kept)
 
 
-def pack(passages: list[Passage], tokenizer: Tokenizer, max_tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+def pack(
+    passages: list[Passage], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """Tokens, labels and offsets (see :class:`Reference`). Contexts longer than ``max_tokens`` lose their beginning.
 
-    The target's tokens are those of the whole passage beyond the tokens of its context, as lm_eval counts them.
+    The target's tokens are those of the whole passage beyond the tokens of its context, as lm_eval counts them: white space at the
+    context's end belongs to the target.
     """
-    contexts = tokenizer.encode_batch([passage.context for passage in passages])
+    contexts = tokenizer.encode_batch([passage.context.rstrip() for passage in passages])
     wholes = tokenizer.encode_batch([passage.text for passage in passages])
     tokens, labels = [], []
     for context, whole in zip(contexts, wholes, strict=True):
@@ -164,14 +169,28 @@ def make_reference(
             raise InputError(f"reference.source: {source}: no such file")
     hashes = artifact.fingerprint_of([artifact.sha256_file(source) for source in sources])
     inputs = {"tokenizer": tokenizer_manifest.fingerprint, "source": hashes}
-    settings = {"name": name, "items": items["train"], "test_items": items["test"], "max_tokens": max_tokens, "seed": seed}
+    settings = {
+        "name": name,
+        "items": items["train"],
+        "test_items": items["test"],
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
     halves: tuple[Half, Half] = ("train", "test")
-    found = {half: artifact.find_complete(directory / half, kind="reference", settings=settings | {"half": half}, inputs=inputs) for half in halves}
+    found = {
+        half: artifact.find_complete(directory / half, kind="reference", settings=settings | {"half": half}, inputs=inputs)
+        for half in halves
+    }
     complete = {half: manifest for half, manifest in found.items() if manifest}
     if len(complete) == 2:
         return complete
     start = time.perf_counter()
-    passages = [passage for source in sources for passage in read_passages(source, seed)]
+    for half in complete:
+        artifact.unmake(directory / half)
+    unique: dict[str, Passage] = {}
+    for passage in (passage for source in sources for passage in read_passages(source, seed)):
+        unique.setdefault(passage.text, passage)  # sources may share passages
+    passages = list(unique.values())
     reference = choose(passages, "train", items["train"], seed)
     if len(reference) < items["train"]:
         raise InputError(f"{sources[0]}: {len(reference)} passages in the train half, reference.items asks for {items['train']}")
@@ -180,18 +199,20 @@ def make_reference(
     if len(test) < 2:
         raise InputError(f"{sources[0]}: {len(test)} passages left in the test half, at least 2 are needed")
     result: dict[Half, Manifest] = {}
-    for half, chosen in (("train", reference), ("test", test)):
-        arrays = dict(zip(("tokens", "labels", "offsets"), pack(chosen, tokenizer, max_tokens), strict=True))
+    chosen_of: dict[Half, list[Passage]] = {"train": reference, "test": test}
+    for half, chosen in chosen_of.items():
+        tokens, labels, offsets = pack(chosen, tokenizer, max_tokens)
+        arrays: dict[str, npt.NDArray[Any]] = {"tokens": tokens, "labels": labels, "offsets": offsets}
         for array_name, values in arrays.items():
             with artifact.atomic_file(directory / half / f"{array_name}.npy") as handle:
                 np.save(handle, values, allow_pickle=False)
         info: dict[str, Any] = {
             "items": len(chosen),
-            "tokens": len(arrays["tokens"]),
-            "label_tokens": int((arrays["labels"] != IGNORED).sum()),
+            "tokens": len(tokens),
+            "label_tokens": int(np.count_nonzero(labels != IGNORED)),
             "dropped_for_overlap": overlapping if half == "test" else 0,
         }
-        result[half] = artifact.commit(  # type: ignore[index]
+        result[half] = artifact.commit(
             directory / half,
             kind="reference",
             settings=settings | {"half": half},
@@ -210,6 +231,10 @@ def open_reference(directory: Path) -> Reference:
     tokens = load_array(directory / "tokens.npy", np.dtype(np.int32), 1)
     labels = load_array(directory / "labels.npy", np.dtype(np.int32), 1)
     offsets = load_array(directory / "offsets.npy", np.dtype(np.int64), 1)
-    if len(tokens) != len(labels) or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(tokens):
-        raise ArtifactError(f"{directory}: {len(tokens)} tokens, {len(labels)} labels and offsets to {offsets[-1]} do not belong together")
+    rising = len(offsets) >= 2 and offsets[0] == 0 and not bool((np.diff(offsets) < 0).any())
+    if len(tokens) != len(labels) or not rising or offsets[-1] != len(tokens):
+        raise ArtifactError(
+            f"{directory}: {len(tokens)} tokens, {len(labels)} labels and offsets {offsets[:1].tolist()} to {offsets[-1:].tolist()} "
+            "do not belong together"
+        )
     return Reference(manifest.settings["name"], manifest, tokens, labels, offsets)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mates.preprocess import sample_corpus
 from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Manifest, verify
 from mates.preprocess.sample_corpus import NgramIndex, write_sample_corpus
@@ -48,9 +49,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 def documents(corpus: tuple[Path, Manifest]) -> list[Line]:
     names = sorted(name for name in corpus[1].files if name.startswith("shard-"))
     assert names == [f"shard-{number:05d}-of-00004.json.gz" for number in range(4)]
-    return [
-        json.loads(line) for name in names for line in gzip.decompress((corpus[0] / name).read_bytes()).splitlines()
-    ]
+    return [json.loads(line) for name in names for line in gzip.decompress((corpus[0] / name).read_bytes()).splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +102,7 @@ def test_no_document_occurs_twice(documents: list[Line]) -> None:
     assert max(counts.values()) == 1
 
 
-def test_info_counts_what_is_in_the_files(
-    documents: list[Line], items: dict[str, list[Line]], corpus: tuple[Path, Manifest]
-) -> None:
+def test_info_counts_what_is_in_the_files(documents: list[Line], items: dict[str, list[Line]], corpus: tuple[Path, Manifest]) -> None:
     info = corpus[1].info
     sizes = [len(line["text"].encode()) for line in documents]
     assert (info["documents"], info["text_bytes"]) == (len(documents), sum(sizes))
@@ -135,9 +132,7 @@ print(write_sample_corpus(Path(sys.argv[1]), max_text_bytes=int(sys.argv[2])).fi
 """
 
 
-def test_bytes_do_not_depend_on_workers_hash_seed_locale_umask_or_folder(
-    corpus: tuple[Path, Manifest], tmp_path: Path
-) -> None:
+def test_bytes_do_not_depend_on_workers_hash_seed_locale_umask_or_folder(corpus: tuple[Path, Manifest], tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONHASHSEED": "4711", "LC_ALL": "C", "PYTHONUTF8": "0", "TZ": "Asia/Tokyo"}
     done = subprocess.run(
         [sys.executable, "-c", _ELSEWHERE, str(tmp_path / "out"), str(MAX_TEXT_BYTES)],
@@ -210,9 +205,7 @@ def test_reference_lines_name_their_split(items: dict[str, list[Line]]) -> None:
         assert all(list(line) == ["text", "url", "split"] and line["split"] == split for line in lines)
 
 
-def test_splits_share_no_file_and_no_document_with_the_corpus(
-    documents: list[Line], items: dict[str, list[Line]]
-) -> None:
+def test_splits_share_no_file_and_no_document_with_the_corpus(documents: list[Line], items: dict[str, list[Line]]) -> None:
     train, test = ({line["url"] for line in items[split]} for split in ("train", "test"))
     assert not {source(url) for url in train} & {source(url) for url in test}
     assert not (train | test) & {line["url"] for line in documents}
@@ -327,9 +320,7 @@ def test_a_module_gives_docstrings_by_class_and_comments_or_code(tmp_path: Path)
         "Garden\nA garden.\n\nArgs:\n    size: square metres.",
         "Garden.water(self, amount)\nLitres of water.",
     ]
-    assert [block.split("\n")[0] for block in found["comments"].blocks] == [
-        "This is done in the morning, because in the heat of the day"
-    ]
+    assert [block.split("\n")[0] for block in found["comments"].blocks] == ["This is done in the morning, because in the heat of the day"]
     found = _extract(tmp_path / "garden.py", MODULE, _seed_with_code("garden.py", True))
     assert isinstance(found, dict)
     code = found["code"].blocks[0]

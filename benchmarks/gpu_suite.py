@@ -1,0 +1,179 @@
+"""Everything that is checked and measured on a GPU, in parts of under nine minutes each.
+
+    python benchmarks/gpu_suite.py --part NAME [--results DIR]      (--list names the parts)
+
+A part first gates on correctness: where that fails nothing is timed and the exit code is 1. What it finds goes to
+``gpu_NAME.json`` with machine, versions and commit. Times are medians of CUDA-event measurements after a warm-up, and ratios come
+from one run. ``benchmarks/results/GPU_TODO.md`` lists the parts that have not been measured yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from surroundings import REPOSITORY, surroundings
+
+Part = Callable[[], dict[str, Any]]
+
+
+class GateError(RuntimeError):
+    """A result is wrong; nothing is timed."""
+
+
+def gate(condition: bool, message: str) -> None:
+    """Stop the part unless ``condition`` holds."""
+    if not condition:
+        raise GateError(message)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖ in fp64."""
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def median_ms(work: Callable[[], Any]) -> float:
+    """Median milliseconds of a call."""
+    from triton.testing import do_bench
+
+    return float(do_bench(work, warmup=200, rep=1000, return_mode="median"))
+
+
+def adamw() -> dict[str, Any]:
+    """The fused out-of-place AdamW update against PyTorch's operations: error, determinism, time, share of the copy bandwidth."""
+    from mates.kernels.adamw.reference import AdamWStep
+    from mates.kernels.adamw.reference import stepped_weight as plain
+    from mates.kernels.adamw.triton import stepped_weight as fused
+
+    step, rows = AdamWStep(t=1000, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8), {}
+    generator = torch.Generator("cuda").manual_seed(0)
+    for n in (1, 1025, 1_000_003, 50304 * 1024, 4 * 50304 * 1024):
+        weight, first, grad = (torch.randn(n, device="cuda", generator=generator) for _ in range(3))
+        second = torch.rand(n, device="cuda", generator=generator) * 1e-2
+        factor = torch.tensor(0.37, device="cuda")
+        wide = [value.double() for value in (weight, first, second, grad, factor)]
+        exact = plain(wide[0], wide[1], wide[2], wide[3], wide[4], step, 0.1)
+        own_update = partial(fused, weight, first, second, grad, factor, step, 0.1)
+        plain_update = partial(plain, weight, first, second, grad, factor, step, 0.1)
+        found = own_update()
+        gate(bool(torch.isfinite(found).all()), f"adamw: {n} weights: not all written")
+        own, torchs = relative_error(found, exact), relative_error(plain_update(), exact)
+        gate(own <= 2 * torchs + 1e-12, f"adamw: {n} weights: error {own:.2e}, PyTorch's own is {torchs:.2e}")
+        gate(
+            all(torch.equal(found, own_update()) for _ in range(100)),
+            f"adamw: {n} weights: 100 launches differ",
+        )
+        del exact, wide
+        if n < 10**6:
+            continue
+        own_ms, plain_ms = median_ms(own_update), median_ms(plain_update)
+        copy_ms = median_ms(partial(torch.empty_like(weight).copy_, weight))
+        rows[str(n)] = {
+            "ms": own_ms,
+            "pytorch_ms": plain_ms,
+            "speedup": plain_ms / own_ms,
+            "share_of_copy_bandwidth": (20 * n / own_ms) / (8 * n / copy_ms),
+            "relative_error": own,
+            "pytorch_relative_error": torchs,
+        }
+    return rows
+
+
+def exact_probe() -> dict[str, Any]:
+    """Exact probes of a Pythia-70M-shaped model on the GPU in fp32 against the CPU in fp64, and their rate."""
+    import time
+
+    from mates.engine.config import ModelConfig
+    from mates.engine.pretrain.checkpoint import OptimizerState
+    from mates.engine.pretrain.model import build_model, model_config
+    from mates.engine.pretrain.shapes import resolve_shape
+    from mates.engine.probe.exact import ExactProbe
+    from mates.engine.reference.batches import LabelBatch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 1024, (8, 64), generator=generator)
+    positions = torch.arange(7, tokens.numel(), 8)
+    targets = torch.randint(0, 1024, (len(positions),), generator=generator)
+    windows = torch.randint(0, 1024, (16, 129), generator=generator).numpy()
+    config = model_config(resolve_shape(ModelConfig(hidden_size=256, layers=4, heads=8)), 1024, 0)
+    influences = {}
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        model = build_model(config, seed=0).to(device=device, dtype=dtype)
+        weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+        first, second = ({name: torch.full_like(value, fill) for name, value in weights.items()} for fill in (1e-3, 1e-4))
+        decay = {name: 0.1 if value.ndim >= 2 else 0.0 for name, value in weights.items()}
+        state = OptimizerState(weights, first, second, decay, 7, 1e-3, 0.9, 0.95, 1e-8, 1.0)
+        batch = LabelBatch(tokens.to(device), positions.to(device), targets.to(device), positions.to(device) // 64)
+        probe = ExactProbe(model, state, [batch])
+        start = time.perf_counter()
+        influences[device] = torch.tensor([result.influence_nats for result in probe.probe_all(windows, torch.device(device))])
+        seconds = time.perf_counter() - start
+    error = float((influences["cuda"] - influences["cpu"]).abs().max() / influences["cpu"].std())
+    gate(error <= 1e-3, f"exact probe: the GPU in fp32 differs from fp64 by {error:.2e} SD")
+    return {"error_sd": error, "probes_per_second": len(windows) / seconds}
+
+
+def quickstart() -> dict[str, Any]:
+    """The quickstart's whole loop on one GPU through NCCL; its evaluations, and the seconds of each step."""
+    from dataclasses import replace
+
+    from mates.engine.evaluate.report import write_report
+    from mates.engine.layout import layout_of
+    from mates.launchers.recipe import load_recipe
+    from mates.launchers.verbs import run_recipe
+    from mates.preprocess import artifact
+
+    recipe = load_recipe(REPOSITORY / "launchers/recipes/quickstart.yaml")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = replace(recipe, run_dir=folder, launch=replace(recipe.launch, processes=1))
+        run_recipe(recipe)
+        write_report(recipe)
+        last = recipe.pretrain.stages - 1
+        metrics = {method: dict(artifact.verify(layout_of(recipe).evaluation(method, last)).info) for method in recipe.methods}
+        seconds = {
+            str(manifest.parent.relative_to(folder)): artifact.load(manifest.parent).cost.seconds
+            for manifest in sorted(Path(folder).rglob(artifact.MANIFEST_NAME))
+        }
+    gate(all(value["holdout_loss_nats"] < 7.0 for value in metrics.values()), f"quickstart: held-out losses {metrics}")
+    return {"metrics": metrics, "seconds": seconds}
+
+
+PARTS: dict[str, Part] = {"adamw": adamw, "exact-probe": exact_probe, "quickstart": quickstart}
+
+
+def main() -> int:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=sorted(PARTS))
+    parser.add_argument("--list", action="store_true", help="name the parts")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results", help="folder of the JSON")
+    options = parser.parse_args()
+    if options.list or options.part is None:
+        for name, part in PARTS.items():
+            print(f"{name:<12} {(part.__doc__ or '').splitlines()[0]}")
+        return 0 if options.list else 2
+    if not torch.cuda.is_available():
+        print("gpu_suite: no CUDA GPU here; nothing was measured", file=sys.stderr)
+        return 2
+    try:
+        found = PARTS[options.part]()
+    except GateError as error:
+        print(f"gpu_suite: {error}", file=sys.stderr)
+        return 1
+    options.results.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"part": options.part, "found": found, **surroundings()}, indent=2, sort_keys=True)
+    (options.results / f"gpu_{options.part}.json").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""What the report shows, read from a run's artifacts. Whatever is not complete is None or left out, never made up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from mates.engine.config import Recipe
+from mates.engine.data.blocks import make_blocks
+from mates.engine.data.corpus import Corpus, open_corpus
+from mates.engine.data.index import read_index
+from mates.engine.influence.fit import PREDICTIONS_FILE
+from mates.engine.influence.score import read_scores
+from mates.engine.layout import SHARED, layout_of
+from mates.engine.ledger import Ledger, cumulative_flops
+from mates.engine.pretrain import checkpoint
+from mates.engine.probe.stage import read_labels
+from mates.engine.select.stage import needs_scores
+from mates.preprocess import artifact
+from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
+
+EXAMPLES = 5
+DOCUMENT_BREAK = "\n\n--- next document ---\n\n"
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not allowed in HTML
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """An evaluation: FLOPs of pretraining and selection until then, and the metrics by their names in the artifact."""
+
+    stage: int
+    flops: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Training losses [steps] in nats of one arm's stages that follow each other; ``first_step`` steps came before."""
+
+    arm: str
+    first_step: int
+    losses: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A probed sample; ``influence_sd`` is in SD from the mean of the stage's probes, None where all are equal."""
+
+    sample_id: int
+    influence_nats: float
+    influence_sd: float | None
+    text: str
+    url: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """Oracle influences [n] in nats of a stage, and the samples at both ends."""
+
+    influence_nats: Floats
+    helpful: list[Example]
+    harmful: list[Example]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Test part of an influence model: oracle and prediction [n], both in SD of the training labels.
+
+    The correlations are None where they are not defined.
+    """
+
+    oracle_sd: Floats
+    predicted_sd: Floats
+    spearman: float | None
+    pearson: float | None
+    label_mean_nats: float
+    label_sd_nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Scores in SD of the labels: all candidates [n] and the selected ones [k]."""
+
+    candidates: Floats
+    selected: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageView:
+    """How the data of one stage of one method was chosen."""
+
+    method: str
+    stage: int
+    probes: Probes | None
+    fit: Fit | None
+    selection: Selection | None
+
+
+def arm_of(method: str, stage: int) -> str:
+    """The arm that a stage of a method belongs to: stage 0 is shared."""
+    return SHARED if stage == 0 else method
+
+
+def metrics_of(recipe: Recipe, ledger: Ledger, method: str, stage: int) -> dict[str, float] | None:
+    """Metrics of an evaluation, or None where it is not complete."""
+    if not ledger.done("evaluate", arm_of(method, stage), stage):
+        return None
+    info = artifact.load(layout_of(recipe).evaluation(method, stage), "evaluation").info
+    return {name: value for name, value in info.items() if isinstance(value, int | float)}
+
+
+def evaluation_points(recipe: Recipe, ledger: Ledger, method: str) -> list[Point]:
+    """A method's evaluations, stage by stage; those whose path is not complete are left out."""
+    points = []
+    for stage in range(recipe.pretrain.stages):
+        metrics, flops = metrics_of(recipe, ledger, method, stage), cumulative_flops(ledger, method, stage)
+        if metrics is not None and flops is not None:
+            points.append(Point(stage=stage, flops=flops, metrics=metrics))
+    return points
+
+
+def loss_curves(recipe: Recipe, ledger: Ledger) -> list[Curve]:
+    """Training losses of the shared stage and of each method's stages, as far as they are complete without a gap."""
+    layout, steps = layout_of(recipe), recipe.pretrain.steps_per_stage
+    curves = []
+    for arm, stages in [(SHARED, range(1)), *((method, range(1, recipe.pretrain.stages)) for method in recipe.methods)]:
+        losses = []
+        for stage in stages:
+            if not ledger.done("pretrain", arm, stage):
+                break
+            losses.append(checkpoint.read_losses(layout.checkpoint(arm, stage)))
+        if losses:
+            curves.append(Curve(arm=arm, first_step=stages.start * steps, losses=np.concatenate(losses)))
+    return curves
+
+
+def stage_views(recipe: Recipe, ledger: Ledger) -> list[StageView]:
+    """Every stage that an influence model chooses, in the order of methods and stages."""
+    views = []
+    for method in recipe.methods:
+        for stage in range(1, recipe.pretrain.stages):
+            if needs_scores(method, stage):
+                views.append(_stage_view(recipe, ledger, method, stage))
+    return views
+
+
+def _stage_view(recipe: Recipe, ledger: Ledger, method: str, stage: int) -> StageView:
+    done = {verb: ledger.done(verb, method, stage) for verb in ("probe", "fit", "score", "select")}
+    return StageView(
+        method=method,
+        stage=stage,
+        probes=_probes(recipe, method, stage) if done["probe"] else None,
+        fit=_fit(recipe, method, stage) if done["fit"] else None,
+        selection=_selection(recipe, method, stage) if done["score"] and done["select"] else None,
+    )
+
+
+def _fit(recipe: Recipe, method: str, stage: int) -> Fit:
+    directory = layout_of(recipe).influence_model(method, stage)
+    info = artifact.load(directory, "influence model").info
+    table = pq.read_table(directory / PREDICTIONS_FILE)
+    test = np.array(table["part"].to_pylist()) == "test"
+    mean, sd = float(info["label_mean_nats"]), float(info["label_sd_nats"])
+    return Fit(
+        oracle_sd=(table["oracle_nats"].to_numpy()[test].astype(np.float64) - mean) / sd,
+        predicted_sd=table["predicted_sd"].to_numpy()[test].astype(np.float64),
+        label_mean_nats=mean,
+        label_sd_nats=sd,
+        **{name: info["agreement"]["test"][name] for name in ("spearman", "pearson")},
+    )
+
+
+def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
+    layout = layout_of(recipe)
+    corpus = open_corpus(layout.corpus("train"), recipe.pretrain.sequence_length)
+    scores = read_scores(layout.scores(method, stage), corpus.fingerprint)[0].mean(1, dtype=np.float64)
+    candidates = make_blocks(recipe, corpus.samples).candidates(stage)
+    chosen = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
+    return Selection(candidates=scores, selected=scores[np.isin(candidates, chosen)])
+
+
+# --- examples ------------------------------------------------------------------------------------------------------
+
+
+def _probes(recipe: Recipe, method: str, stage: int) -> Probes:
+    layout = layout_of(recipe)
+    ids, nats, _ = read_labels(layout.labels(method, stage), recipe.reference.name)
+    order = np.lexsort((ids, nats))
+    count = min(EXAMPLES, len(ids) // 2)
+    pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
+    tokenizer, _ = open_tokenizer(layout.tokenizer)
+    urls = _urls(pool.directory)
+    mean, sd = float(nats.mean()), float(nats.std())
+
+    def example(row: int) -> Example:
+        sample = int(ids[row])
+        return Example(
+            sample_id=sample,
+            influence_nats=float(nats[row]),
+            influence_sd=(float(nats[row]) - mean) / sd if sd > 0 else None,
+            text=sample_text(pool, tokenizer, sample),
+            url=urls[pool.document_of(sample)] if urls else None,
+        )
+
+    return Probes(
+        influence_nats=np.asarray(nats, np.float64),
+        helpful=[example(row) for row in order[:count]],
+        harmful=[example(row) for row in order[::-1][:count]],
+    )
+
+
+def sample_text(corpus: Corpus, tokenizer: Tokenizer, sample: int) -> str:
+    """The text of a sample, a line marking where one document ends and the next begins."""
+    tokens = corpus.windows(np.array([sample], np.int64))[0, :-1]
+    ends = np.flatnonzero(tokens == tokenizer.end_of_document)
+    pieces = [part[part != tokenizer.end_of_document] for part in np.split(tokens, ends)]
+    text = DOCUMENT_BREAK.join(tokenizer.decode(piece.tolist()) for piece in pieces if len(piece))
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _urls(corpus: Path) -> list[str | None] | None:
+    """Address of each document of a corpus, where addresses were recorded."""
+    path = corpus / "documents.parquet"
+    if not path.is_file():
+        return None
+    urls: list[str | None] = pq.read_table(path, columns=["url"])["url"].to_pylist()
+    return urls

@@ -1,0 +1,216 @@
+"""What a run will take, before anything runs: tokens needed and found, FLOPs and device-hours by step, disk and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mates.engine.config import SAMPLE, FitConfig, Recipe
+from mates.engine.data.blocks import block_sizes
+from mates.engine.data.corpus import sample_count
+from mates.engine.evaluate.stage import evaluation_flops
+from mates.engine.flops import BERT_BASE, EncoderShape, decoder_training
+from mates.engine.layout import layout_of
+from mates.engine.pretrain.model import padded_vocabulary
+from mates.engine.pretrain.shapes import ModelShape, resolve_shape
+from mates.engine.probe.stage import probe_flops
+from mates.engine.select.stage import needs_scores
+from mates.preprocess import artifact
+from mates.preprocess.indexed import token_dtype
+
+TEXT_BYTES_PER_TOKEN = 4.4  # English web text through a 50k vocabulary; a smaller vocabulary gives more tokens
+COMPRESSION = 2.7  # gzip or zstandard on web text
+REFERENCE_TOKENS_PER_ITEM = 90  # LAMBADA; a reference that exists is counted exactly
+CHECKPOINT_BYTES = 12 + 4 + 14  # a weight's bytes in state/ (fp32 weights and moments), hf/ (fp32) and DeepSpeed's own folder
+
+
+@dataclass(frozen=True)
+class Device:
+    """What arithmetic is available: peak dense bf16 FLOP/s of one device, the share of it that is reached, and how many."""
+
+    peak_flops: float
+    utilisation: float
+    count: int
+
+    def hours(self, flops: float) -> float:
+        """Device-hours of work."""
+        return flops / (self.peak_flops * self.utilisation) / 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a recipe. ``flops`` by step over the whole run of one method; bytes as they will lie on disk and in memory."""
+
+    parameters: int
+    vocab_size: int
+    samples_needed: int
+    tokens_needed: int
+    tokens_found: int | None
+    found_is_estimate: bool
+    flops: dict[str, float]
+    disk_bytes: dict[str, float]
+    memory_bytes_per_rank: dict[str, float]
+
+
+def encoder_shape(config: FitConfig) -> EncoderShape:
+    """The influence model's shape; a pretrained encoder that is not on this disk is taken for a BERT-base."""
+    if config.encoder is None:
+        return EncoderShape(hidden_size=config.hidden_size, layers=config.layers, intermediate_size=4 * config.hidden_size)
+    path = Path(config.encoder) / "config.json"
+    if path.is_file():
+        raw = artifact.read_json(path)
+        return EncoderShape(hidden_size=raw["hidden_size"], layers=raw["num_hidden_layers"], intermediate_size=raw["intermediate_size"])
+    return BERT_BASE
+
+
+def make_plan(recipe: Recipe, method: str = "mates") -> Plan:
+    """Plan the run of one method."""
+    shape = resolve_shape(recipe.model)
+    vocab = _vocab_size(recipe)
+    rows = padded_vocabulary(vocab, recipe.model.vocab_multiple)
+    needed = sum(block_sizes(recipe))
+    found, estimated = _tokens_found(recipe)
+    return Plan(
+        parameters=shape.parameters(rows),
+        vocab_size=vocab,
+        samples_needed=needed,
+        tokens_needed=needed * recipe.pretrain.sequence_length,
+        tokens_found=found,
+        found_is_estimate=estimated,
+        flops=_flops(recipe, shape, vocab, rows, method),
+        disk_bytes=_disk(recipe, shape.parameters(rows), found, vocab),
+        memory_bytes_per_rank=_memory(recipe, shape, rows),
+    )
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    directory = layout_of(recipe).tokenizer
+    if (directory / artifact.MANIFEST_NAME).exists():
+        return int(artifact.load(directory, "tokenizer").info["vocab_size"])
+    if recipe.tokenizer.path is None:
+        return recipe.tokenizer.vocab_size
+    if Path(recipe.tokenizer.path).exists():
+        from mates.preprocess.tokenizer import load_tokenizer
+
+        return load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document).vocab_size
+    return 50_277  # a name on the model hub: GPT-NeoX's size stands in until the tokenizer is there
+
+
+def _tokens_found(recipe: Recipe) -> tuple[int | None, bool]:
+    directory = layout_of(recipe).corpus("train")
+    if (directory / artifact.MANIFEST_NAME).exists():
+        return int(artifact.load(directory, "corpus").info["tokens"]), False
+    if SAMPLE in recipe.corpus.inputs:
+        return None, True
+    from mates.preprocess.readers import InputError, find_inputs
+
+    try:
+        files = find_inputs(recipe.corpus.inputs)
+    except InputError:
+        return None, True
+    text = sum(path.stat().st_size * (1.0 if path.suffix in (".json", ".jsonl") else COMPRESSION) for path in files)
+    train = 1 - recipe.corpus.pool_share - recipe.corpus.holdout_share
+    return int(text * train / TEXT_BYTES_PER_TOKEN), True
+
+
+def _reference(recipe: Recipe, half: str, items: int) -> tuple[int, int, int]:
+    directory = layout_of(recipe).reference(half)
+    if (directory / artifact.MANIFEST_NAME).exists():
+        info = artifact.load(directory, "reference").info
+        return info["items"], info["tokens"], info["label_tokens"]
+    return items, items * REFERENCE_TOKENS_PER_ITEM, 2 * items
+
+
+def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str) -> dict[str, float]:
+    config, length = recipe.pretrain, recipe.pretrain.sequence_length
+    per_stage = decoder_training(shape, rows, tokens=config.steps_per_stage * config.tokens_per_step, length=length)
+    chosen = [stage for stage in range(config.stages) if needs_scores(method, stage)]
+    read = min(length, recipe.fit.chunk_tokens * recipe.fit.max_chunks)
+    encoder, chunk = encoder_shape(recipe.fit), min(read, recipe.fit.chunk_tokens)
+    train_share = 1 - recipe.fit.test_share - recipe.fit.validation_share
+    passes = recipe.fit.epochs * (3 * train_share + recipe.fit.validation_share) + 1
+    test = _reference(recipe, "test", recipe.reference.test_items)
+    return {
+        "pretrain": config.stages * per_stage,
+        "probe": len(chosen) * probe_flops(recipe, vocab, _reference(recipe, "train", recipe.reference.items), recipe.probe.samples),
+        "fit": len(chosen) * encoder.forward(tokens=passes * recipe.probe.samples * read, length=chunk),
+        "score": sum(encoder.forward(tokens=block_sizes(recipe)[stage] * read, length=chunk) for stage in chosen),
+        "evaluate": config.stages * evaluation_flops(recipe, vocab, recipe.evaluate.holdout_samples, test),
+    }
+
+
+def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int) -> dict[str, float]:
+    sizes = block_sizes(recipe)
+    tokens = tokens_found or sum(sizes) * recipe.pretrain.sequence_length
+    checkpoints = 1 + len(recipe.methods) * (recipe.pretrain.stages - 1)
+    return {
+        "corpora": float(tokens * token_dtype(vocab).itemsize),
+        "checkpoints (all kept)": float(checkpoints * CHECKPOINT_BYTES * parameters),
+        "scores and indices": float(sum(sizes) * 4 + sum(sizes) * 8 * recipe.select.ratio),
+    }
+
+
+def _memory(recipe: Recipe, shape: ModelShape, rows: int) -> dict[str, float]:
+    """Model states by ZeRO (Rajbhandari et al., arXiv 1910.02054); activations of a fused-attention transformer, 34·d bytes a token
+    and layer in bf16 (Korthikanti et al., arXiv 2205.05198, without its attention term), and fp32 logits with their gradient."""
+    config, ranks = recipe.pretrain, recipe.launch.processes
+    parameters, stage = shape.parameters(rows), config.zero_stage
+    weight = 2 if config.precision == "bf16" and stage > 0 else 4
+    states = parameters * (
+        weight / (ranks if stage >= 3 else 1)
+        + weight / (ranks if stage >= 2 else 1)
+        + (12 if weight == 2 else 8) / (ranks if stage >= 1 else 1)
+    )
+    tokens = config.micro_batch_size * config.sequence_length
+    layer = 34 * shape.hidden_size * (1 if config.precision == "bf16" else 2)
+    activations = tokens * layer * (1 if config.activation_checkpointing else shape.layers)
+    return {"model states": states, "activations": float(activations), "logits": float(tokens * rows * 10)}
+
+
+def describe(recipe: Recipe, device: Device) -> Iterator[str]:
+    """The plan as lines of text."""
+    methods = [method for method in recipe.methods if method != "random"]
+    method = methods[0] if methods else "random"
+    plan, config = make_plan(recipe, method), recipe.pretrain
+    length = config.sequence_length
+    yield f"model       {plan.parameters:,} parameters, vocabulary {plan.vocab_size:,}"
+    yield (
+        f"training    {config.stages} stages x {config.steps_per_stage:,} steps x {config.batch_size} samples x {length} tokens"
+        f" = {config.total_steps * config.tokens_per_step:,} tokens a method"
+    )
+    yield (
+        f"needed      {plan.tokens_needed:,} train tokens ({plan.samples_needed:,} samples): stage 0, then candidates at ratio "
+        f"{recipe.select.ratio}"
+    )
+    yield f"found       {_found(plan, length)}"
+    yield ""
+    yield f"FLOPs of one method's run ({method}); device-hours at {device.peak_flops / 1e12:g} TFLOP/s peak x {device.utilisation:.0%}:"
+    total = sum(plan.flops.values())
+    for name, flops in plan.flops.items():
+        yield f"  {name:<10} {flops:10.3e}  {device.hours(flops):10.2f} h  {flops / total:6.1%}"
+    selection = sum(plan.flops[name] for name in ("probe", "fit", "score"))
+    wall = device.hours(total) / device.count
+    yield f"  {'total':<10} {total:10.3e}  {device.hours(total):10.2f} h   on {device.count} devices {wall:.2f} h"
+    yield f"  selection costs {selection / plan.flops['pretrain']:.1%} of pretraining"
+    yield ""
+    yield "disk        " + ", ".join(f"{name} {_size(value)}" for name, value in plan.disk_bytes.items())
+    yield f"memory      of one of {recipe.launch.processes} ranks: " + ", ".join(
+        f"{name} {_size(value)}" for name, value in plan.memory_bytes_per_rank.items()
+    )
+
+
+def _found(plan: Plan, length: int) -> str:
+    if plan.tokens_found is None:
+        return "not known before the corpus is there"
+    about = "about " if plan.found_is_estimate else ""
+    enough = sample_count(plan.tokens_found, length) >= plan.samples_needed
+    return f"{about}{plan.tokens_found:,} train tokens: {'enough' if enough else 'TOO FEW'}"
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

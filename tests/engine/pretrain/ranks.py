@@ -1,0 +1,132 @@
+"""Runs on each of two ranks: every ZeRO stage against a plain loop, and stopping against not stopping. Prints JSON on rank 0."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mates.engine import distributed
+from mates.engine.config import LaunchConfig, ModelConfig, PretrainConfig, Recipe
+from mates.engine.pretrain import checkpoint
+from mates.engine.pretrain.model import build_model, next_token_loss
+from mates.engine.pretrain.trainer import Trainer, weight_decay_of
+from mates.preprocess.artifact import Cost, Request
+
+VOCAB, LENGTH, BATCH, STEPS = 256, 32, 8, 6
+RECIPE = Recipe(
+    model=ModelConfig(hidden_size=32, layers=2, heads=2, max_positions=64),
+    pretrain=PretrainConfig(sequence_length=LENGTH, batch_size=BATCH, micro_batch_size=2, lr=1e-3, warmup_steps=1, steps_per_stage=STEPS),
+    evaluate=replace(Recipe().evaluate, decay_steps=2),
+    launch=LaunchConfig(processes=2),
+)
+
+
+def recipe(zero_stage: int, precision: str) -> Recipe:
+    return replace(RECIPE, pretrain=replace(RECIPE.pretrain, zero_stage=zero_stage, precision=precision))  # type: ignore[arg-type]
+
+
+def batches() -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(0).integers(0, VOCAB, (STEPS, BATCH, LENGTH + 1))
+
+
+def train(trainer: Trainer, first: int, last: int) -> list[float]:
+    rows = np.arange(BATCH)
+    return [trainer.step(batches()[step][trainer.share(rows)], lr=1e-3 / (step + 1)).loss_nats for step in range(first, last)]
+
+
+def new(zero_stage: int, precision: str, world: distributed.World) -> Trainer:
+    return Trainer(recipe(zero_stage, precision), world, vocab_size=VOCAB, end_of_document=0)
+
+
+def digest(trainer: Trainer) -> str:
+    """A hash of weights and moments."""
+    value = hashlib.sha256()
+    for name, *tensors in trainer.full_state():
+        value.update(name.encode())
+        for tensor in tensors:
+            value.update(tensor.numpy().tobytes())
+    return value.hexdigest()
+
+
+def plain_loop() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A single process, torch's own AdamW and clipping, the whole batch at once."""
+    from mates.engine.pretrain.model import model_config
+    from mates.engine.pretrain.shapes import resolve_shape
+
+    config = RECIPE.pretrain
+    model = build_model(model_config(resolve_shape(RECIPE.model), VOCAB, 0), RECIPE.seed)
+    groups = [{"params": [p], "weight_decay": weight_decay_of(name, p, config)} for name, p in model.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+    losses = []
+    for step, batch in enumerate(batches()):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 / (step + 1)
+        optimizer.zero_grad()
+        loss = next_token_loss(model, torch.from_numpy(batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: value.detach() for name, value in model.named_parameters()}
+
+
+def case(zero_stage: int, precision: str, folder: Path, world: distributed.World) -> dict[str, Any]:
+    whole = new(zero_stage, precision, world)
+    losses = train(whole, 0, STEPS)
+    half = new(zero_stage, precision, world)
+    before = train(half, 0, STEPS // 2)
+    request = Request(directory=folder / f"{zero_stage}-{precision}", kind="checkpoint", settings={}, inputs={})
+    checkpoint.save(
+        request,
+        half,
+        progress=checkpoint.Progress(step=STEPS // 2, stage_step=STEPS // 2, seconds=0.0),
+        losses=np.array(before),
+        next_lr=1e-4,
+        cost=Cost(),
+    )
+    saved = digest(half)
+    state, _ = checkpoint.read_state(request.directory, dtype=torch.float32, device=torch.device("cpu"))
+    read = hashlib.sha256()
+    for name in dict(half.engine.module.named_parameters()):
+        read.update(name.encode())
+        for tensor in (state.weights[name], state.exp_avg[name], state.exp_avg_sq[name]):
+            read.update(tensor.numpy().tobytes())
+    resumed = new(zero_stage, precision, world)
+    checkpoint.load(request.directory, resumed, "checkpoint")
+    after = train(resumed, STEPS // 2, STEPS)
+    weights = {name: value for name, value, *_ in whole.full_state()}
+    result: dict[str, Any] = {
+        "losses": losses,
+        "resumed_losses": before + after,
+        "digest": digest(whole),
+        "resumed_digest": digest(resumed),
+        "state_is_saved": saved == read.hexdigest(),
+    }
+    if precision == "fp32":
+        expected = plain_loop()
+        result["plain_losses"] = expected[0]
+        # over all weights: a key's bias has no gradient but rounding (softmax ignores shifts), which AdamW makes full-sized steps of
+        gaps = torch.cat([(weights[name] - value).flatten() for name, value in expected[1].items()])
+        result["weight_error"] = float(gaps.norm() / torch.cat([value.flatten() for value in expected[1].values()]).norm())
+    return result
+
+
+def main() -> None:
+    """Run all cases."""
+    world = distributed.join(timeout_minutes=2, threads=1)
+    cases = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+    results = {f"{stage} {precision}": case(stage, precision, Path(sys.argv[1]), world) for stage, precision in cases}
+    if world.first:
+        Path(sys.argv[1], "results.json").write_text(json.dumps(results))
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()

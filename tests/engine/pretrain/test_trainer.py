@@ -1,0 +1,47 @@
+"""The DeepSpeed trainer on two ranks: every ZeRO stage is the same training, and stopping changes no bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mates.launchers.local import run_plain
+
+Results = dict[str, dict[str, Any]]
+CASES = [f"{stage} {precision}" for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("ranks")
+    run_plain([sys.executable, str(Path(__file__).parent / "ranks.py"), str(folder)], processes=2)
+    loaded: Results = json.loads((folder / "results.json").read_text())
+    return loaded
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_is_bit_exact(results: Results, case: str) -> None:
+    assert results[case]["resumed_losses"] == results[case]["losses"]
+    assert results[case]["resumed_digest"] == results[case]["digest"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_folder_holds_weights_and_moments(results: Results, case: str) -> None:
+    assert results[case]["state_is_saved"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_equals_a_plain_loop(results: Results, stage: int) -> None:
+    found = results[f"{stage} fp32"]
+    assert found["losses"] == pytest.approx(found["plain_losses"], rel=1e-6)
+    assert found["weight_error"] < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_follows_fp32(results: Results, stage: int) -> None:
+    assert results[f"{stage} bf16"]["losses"] == pytest.approx(results[f"{stage} fp32"]["losses"], rel=2e-3)
+    assert results[f"{stage} bf16"]["losses"] != results[f"{stage} fp32"]["losses"]
