@@ -231,6 +231,10 @@ class ProbeConfig:
     """``exact``: a literal AdamW step on each sample and a forward pass over the whole reference."""
     samples: int = 256
     """Samples of the pool probed at each stage."""
+    after_decay: bool = False
+    """Probe the end of the evaluation's decay branch instead of the checkpoint itself (the paper's way). Under a constant learning rate
+    the reference gradient of a small model is mostly what its last batches disturbed; the branch takes that away. Its steps are billed
+    to the probe."""
     precision: Literal["fp32", "fp64"] = "fp32"
     """Arithmetic of the probe."""
     reference_batch_tokens: int = 8192
@@ -439,6 +443,12 @@ class Recipe:
             "evaluate.decay_steps",
             self.evaluate.decay_steps,
             f"at most pretrain.steps_per_stage = {self.pretrain.steps_per_stage}: the branch re-reads the stage's last samples",
+        )
+        require(
+            not self.probe.after_decay or self.evaluate.decay_steps > 0,
+            "evaluate.decay_steps",
+            self.evaluate.decay_steps,
+            "above 0 where probe.after_decay asks for the branch",
         )
         require(
             self.fit.encoder is not None or self.fit.chunk_tokens * self.fit.max_chunks >= self.pretrain.sequence_length,

@@ -67,6 +67,10 @@ class Layout:
         """Evaluation of the checkpoint of ``stage``."""
         return self.stage(method, stage) / "evaluation"
 
+    def probed(self, method: str, stage: int, *, after_decay: bool) -> Path:
+        """The artifact whose ``state/`` is probed for ``stage``: the checkpoint before it, or the end of that one's decay branch."""
+        return (self.evaluation if after_decay else self.checkpoint)(method, stage - 1)
+
     @property
     def report(self) -> Path:
         """The report."""

@@ -38,6 +38,8 @@ def step_environment(processes: int) -> dict[str, str]:
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"),
+        # threads that spin while they wait make a step many times slower as soon as anything else runs on the machine
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         # the environment's own ninja first: two versions on the path make DeepSpeed rebuild its operators at every start

@@ -31,6 +31,7 @@ class Verb:
 def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that a user needs."""
     from mates.engine.data.blocks import CorpusTooSmallError
+    from mates.engine.distributed import LaunchError
     from mates.launchers.local import StepFailedError
     from mates.preprocess.artifact import ArtifactError
     from mates.preprocess.readers import InputError
@@ -42,6 +43,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         TokenizerError,
         CorpusTooSmallError,
         StepFailedError,
+        LaunchError,
         RunBusyError,
     ]
     return tuple(errors)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import gc
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import sysconfig
 import time
@@ -76,6 +78,7 @@ _SKIPPED_FILE = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py|requirements.*
 _LICENCE_FILE = re.compile(r"(licen[cs]e|copying|notice|copyright|patents|authors)[^/]*")
 _BATCH = 32  # sources a worker gets at a time
 _MAX_WORKERS = 16
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 Progress = Callable[[str], None]
 
@@ -288,6 +291,8 @@ def _extracts(sources: Sequence[Source], seed: int, limit: int | None) -> list[t
 def _start_worker() -> None:
     # Syntax trees have no cycles, and collecting takes a tenth of the time.
     gc.disable()
+    if sys.platform == "linux":  # a worker waits for ever for a caller that was killed; the kernel can tell it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _in_processes(sources: Sequence[Source], seed: int) -> Generator[Extract, None, None]:

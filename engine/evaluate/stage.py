@@ -42,7 +42,9 @@ def evaluate_request(recipe: Recipe, method: str, stage: int) -> Request:
         "holdout": artifact.load(layout.corpus("holdout"), "corpus").fingerprint,
         f"reference.{test.settings['name']}": test.fingerprint,
     }
-    settings = {"decay_steps": config.decay_steps, "holdout_samples": config.holdout_samples, "stage": stage}
+    settings: dict[str, Any] = {"decay_steps": config.decay_steps, "holdout_samples": config.holdout_samples, "stage": stage}
+    if recipe.probe.after_decay:
+        settings["state"] = True  # the end of the branch is kept for the probe
     return Request(directory=layout.evaluation(method, stage), kind="evaluation", settings=settings, inputs=inputs)
 
 
@@ -61,6 +63,10 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint")
     index = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
     _decay(recipe, trainer, corpus, index, f"evaluate {method} stage {stage}")
+    next_lr = learning_rate(
+        recipe.pretrain, trainer.steps_done - config.decay_steps + 1
+    )  # the probe takes a step of training, not of decay
+    optimizer = checkpoint.export_state(request.directory, trainer, next_lr)[0] if recipe.probe.after_decay else None
     ids = holdout_ids(recipe, holdout.samples)
     metrics = {
         "holdout_loss_nats": holdout_loss(trainer, holdout, ids, config.batch_size),
@@ -90,7 +96,7 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
 
     def commit() -> Manifest:
         artifact.write_json(request.directory / METRICS_FILE, metrics)
-        return request.commit(info=metrics, cost=cost, files=[METRICS_FILE])
+        return request.commit(info=metrics | ({"optimizer": optimizer} if optimizer else {}), cost=cost)
 
     result: Manifest = world.same(commit)
     return result

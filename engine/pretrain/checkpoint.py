@@ -60,7 +60,10 @@ def save(
     whole = request.kind == "checkpoint"
     info: dict[str, Any] = asdict(progress)
     if whole:
-        info |= _export(directory, trainer, progress.step, next_lr)
+        optimizer, weights = export_state(directory, trainer, next_lr)
+        info["optimizer"] = optimizer
+        if world.first:
+            trainer.engine.module.save_pretrained(directory / EXPORT, state_dict=weights, safe_serialization=True)
 
     def commit() -> Manifest:
         with artifact.atomic_file(directory / LOSSES) as handle:
@@ -73,8 +76,12 @@ def save(
     return result
 
 
-def _export(directory: Path, trainer: Trainer, step: int, next_lr: float) -> dict[str, Any]:
-    """Write ``state/`` and ``hf/`` on rank 0 while all ranks gather; returns what the manifest says of the optimizer."""
+def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Write ``state/`` on rank 0 while all ranks gather.
+
+    Returns:
+        What the manifest's ``optimizer`` says, and on rank 0 the fp32 weights by name.
+    """
     config, first = trainer.config, trainer.world.first
     writers = {kind: _ShardWriter(directory / STATE, kind) for kind in KINDS}
     weights, decay = {}, {}
@@ -87,18 +94,16 @@ def _export(directory: Path, trainer: Trainer, step: int, next_lr: float) -> dic
     if first:
         for writer in writers.values():
             writer.flush()
-        trainer.engine.module.save_pretrained(directory / EXPORT, state_dict=weights, safe_serialization=True)
-    return {
-        "optimizer": {
-            "t": step,
-            "next_lr": next_lr,
-            "beta1": config.beta1,
-            "beta2": config.beta2,
-            "eps": config.eps,
-            "clip_norm": config.clip_norm,
-            "weight_decay": decay,
-        }
+    optimizer = {
+        "t": trainer.steps_done,
+        "next_lr": next_lr,
+        "beta1": config.beta1,
+        "beta2": config.beta2,
+        "eps": config.eps,
+        "clip_norm": config.clip_norm,
+        "weight_decay": decay,
     }
+    return optimizer, weights
 
 
 class _ShardWriter:
@@ -157,8 +162,10 @@ class OptimizerState:
 
 
 def read_state(directory: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[OptimizerState, Manifest]:
-    """Read ``state/`` of a checkpoint. ArtifactError where tensors are missing or contradict each other."""
-    manifest = artifact.load(directory, "checkpoint")
+    """Read ``state/`` of an artifact. ArtifactError where it has none, or tensors are missing or contradict each other."""
+    manifest = artifact.load(directory)
+    if "optimizer" not in manifest.info:
+        raise ArtifactError(f"{directory}: this {manifest.kind} artifact has no {STATE}/ to probe")
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for kind in KINDS:
         files = sorted(name for name in manifest.files if name.startswith(f"{STATE}/{kind}-"))

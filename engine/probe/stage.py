@@ -51,7 +51,8 @@ def probed_samples(recipe: Recipe, pool_samples: int, stage: int) -> npt.NDArray
 
 
 def probe_flops(recipe: Recipe, vocab_size: int, reference: Reference | tuple[int, int, int], samples: int) -> float:
-    """FLOPs of exact probes: forward and backward of each sample, then a forward pass over the reference, and the baseline once.
+    """FLOPs of exact probes: forward and backward of each sample, then a forward pass over the reference, and the baseline once; and
+    the decay branch where its end is probed.
 
     ``reference`` is one, or (items, tokens, label tokens) of one that does not exist yet.
     """
@@ -64,7 +65,8 @@ def probe_flops(recipe: Recipe, vocab_size: int, reference: Reference | tuple[in
     length = recipe.pretrain.sequence_length
     step = decoder_training(shape, rows, tokens=length, length=length)
     forward = decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
-    return samples * (step + forward) + forward
+    branch = recipe.evaluate.decay_steps * recipe.pretrain.batch_size * step if recipe.probe.after_decay else 0.0
+    return samples * (step + forward) + forward + branch
 
 
 def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -78,7 +80,7 @@ def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
     settings.pop("chunk_size")
     reference = artifact.load(layout.reference("train"), "reference")
     inputs = {
-        "checkpoint": artifact.load(layout.checkpoint(method, stage - 1), "checkpoint").fingerprint,
+        "checkpoint": artifact.load(layout.probed(method, stage, after_decay=recipe.probe.after_decay)).fingerprint,
         "pool": artifact.load(layout.corpus("pool"), "corpus").fingerprint,
         f"reference.{reference.settings['name']}": reference.fingerprint,
     }
@@ -93,7 +95,7 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         return done
     started = time.perf_counter()
     layout = layout_of(recipe)
-    parent = layout.checkpoint(method, stage - 1)
+    parent = layout.probed(method, stage, after_decay=recipe.probe.after_decay)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
     reference = open_reference(layout.reference("train"))
     ids = probed_samples(recipe, pool.samples, stage)

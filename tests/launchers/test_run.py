@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
         "warmup_steps": 4,
         "checkpoint_every": 4,
     },
-    "probe": {"samples": 40, "chunk_size": 4},
+    "probe": {"samples": 40, "chunk_size": 4, "after_decay": True},
     "fit": {"hidden_size": 16, "layers": 1, "heads": 2, "epochs": 2},
     "score": {"chunk_size": 64},
     "evaluate": {"decay_steps": 3, "holdout_samples": 16},

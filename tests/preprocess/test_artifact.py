@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mates.preprocess import artifact
@@ -371,6 +372,7 @@ def test_normalise(value: Json) -> None:
     assert repr(artifact.normalise(normal)) == repr(normal)
 
 
+@hypothesis_settings(max_examples=50)
 @given(settings=st.dictionaries(st.text(max_size=4), python_values, max_size=4))
 def test_settings_with_tuples_fit_themselves(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Json]) -> None:
     directory = tmp_path_factory.mktemp("tuples")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mates.engine.data.corpus import Corpus, open_corpus, sample_count
@@ -62,6 +62,7 @@ def test_samples_are_slices_of_the_stream(
     assert corpus.windows(np.array(chosen, np.int64)).tolist() == [whole[item] for item in chosen]
 
 
+@settings(max_examples=50)
 @given(documents=lists_of_documents, length=st.integers(1, 4))
 def test_document_of_a_sample_by_brute_force(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], length: int) -> None:
     directory = tmp_path_factory.mktemp("corpus")

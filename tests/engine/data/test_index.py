@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mates.engine.data.index import load_array, read_index, write_index
@@ -26,6 +26,7 @@ def request_at(directory: Path) -> Request:
     return Request(directory=directory, kind="selection index", settings={"seed": 1}, inputs={"corpus": "c" * 64})
 
 
+@settings(max_examples=40)
 @given(ids=st.lists(st.integers(0, 2**63 - 1), max_size=30))
 def test_an_index_comes_back_in_its_order(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
     directory = tmp_path_factory.mktemp("index")

@@ -1,0 +1,105 @@
+"""The encoder influence model: against transformers' own BERT, through a save and a load, and with a tokenizer of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mates.engine.config import FitConfig, ScoreConfig
+from mates.engine.influence.encoder import InfluenceEncoder, load_encoder, new_encoder
+from mates.engine.influence.fit import agreement, split_labels
+from mates.engine.influence.inputs import CorpusIds, Retokenized, chunk
+from mates.engine.influence.score import score_samples
+from mates.preprocess.tokenizer import open_tokenizer
+
+CONFIG = FitConfig(hidden_size=32, layers=2, heads=4, chunk_tokens=16, max_chunks=2)
+
+
+@pytest.fixture
+def model() -> InfluenceEncoder:
+    torch.manual_seed(0)
+    return new_encoder(CONFIG, vocab_size=100).eval()
+
+
+def by_hand(model: InfluenceEncoder, sample: np.ndarray, chunk_tokens: int) -> float:
+    """One sample: each chunk through transformers' BERT alone, unpadded; the mean over all token vectors; the head."""
+    vectors = []
+    for start in range(0, len(sample), chunk_tokens):
+        ids = torch.from_numpy(sample[start : start + chunk_tokens])[None]
+        vectors.append(model.encoder(input_ids=ids).last_hidden_state[0])
+    pooled = torch.cat(vectors).mean(0)
+    return float((pooled @ model.head.weight[0] + model.head.bias[0]).detach())
+
+
+def test_forward_is_the_mean_over_chunks_of_an_unpadded_bert(model: InfluenceEncoder) -> None:
+    source = np.random.default_rng(0)
+    samples = [source.integers(0, 100, length) for length in (32, 20, 16, 5, 1)]
+    with torch.no_grad():
+        found = model(chunk(samples, CONFIG.chunk_tokens, CONFIG.max_chunks, pad=0)).tolist()
+    assert found == pytest.approx([by_hand(model, sample, CONFIG.chunk_tokens) for sample in samples], abs=1e-5)
+
+
+def test_what_lies_beyond_the_last_chunk_is_not_read(model: InfluenceEncoder) -> None:
+    sample = np.arange(50) % 100
+    with torch.no_grad():
+        long, short = (model(chunk([values], CONFIG.chunk_tokens, 2, pad=0)).item() for values in (sample, sample[:32]))
+    assert long == short
+
+
+def test_save_and_load_keep_every_bit(model: InfluenceEncoder, tmp_path: Path) -> None:
+    model.save(tmp_path)
+    loaded = load_encoder(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert len(model.state_dict()) == len(loaded.state_dict())
+
+
+def test_scores_do_not_depend_on_the_batch(model: InfluenceEncoder) -> None:
+    reader = CorpusIds(CONFIG, 100)
+    samples = np.random.default_rng(1).integers(0, 100, (50, 32))
+    scores = [score_samples(model, reader, samples, ScoreConfig(batch_size=size), torch.device("cpu")) for size in (1, 7, 50)]
+    assert all(np.abs(scores[0] - other).max() <= 1e-5 for other in scores[1:])
+    assert scores[0].dtype == np.float32
+
+
+def test_an_encoder_with_its_own_tokenizer(bpe_dir: Path, texts: list[str], tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    words = sorted({word for text in texts[:50] for word in text.lower().split() if word.isalpha()})
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    shape = BertConfig(vocab_size=5 + len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(shape).save_pretrained(tmp_path)
+    config = replace(CONFIG, encoder=str(tmp_path), chunk_tokens=32)
+    tokenizer, _ = open_tokenizer(bpe_dir)
+    reader = Retokenized(config, tokenizer, tmp_path)
+    text = texts[0]
+    ids = tokenizer.encode_batch([text])[0]
+    batch = reader.batch(ids[None])
+    unknown, cls, sep = 1, 2, 3
+    assert batch.ids[0, 0] == cls
+    last = batch.ids[-1][batch.mask[-1]][-1].item()
+    assert last == sep or int(batch.mask.sum()) == config.chunk_tokens * config.max_chunks
+    assert {int(value) for value in batch.ids[batch.mask]} - {unknown, cls, sep} <= set(range(5, 5 + len(words)))
+    score = score_samples(new_encoder(config, reader.vocab_size).eval(), reader, ids[None], ScoreConfig(), torch.device("cpu"))
+    assert score.shape == (1,)
+    assert np.isfinite(score).all()
+
+
+def test_labels_stay_in_their_part() -> None:
+    config = FitConfig()
+    parts = split_labels(np.arange(2000), config, seed=3)
+    rows = np.concatenate(list(parts.values()))
+    assert sorted(rows) == list(range(2000))
+    assert len(parts["test"]) == pytest.approx(400, abs=4 * np.sqrt(2000 * 0.2 * 0.8))
+    some = split_labels(np.arange(1000, 2000)[::-1], config, seed=3)
+    assert {1999 - row for row in some["test"]} == {row for row in parts["test"] if row >= 1000}
+
+
+def test_agreement_by_hand() -> None:
+    found = agreement(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 10.0]))
+    assert found["spearman"] == pytest.approx(0.8)
+    assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 3, 2, 10])[0, 1])
+    assert agreement(np.ones(4), np.arange(4.0)) == {"spearman": None, "pearson": None}
