@@ -25,6 +25,7 @@ from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
 SPLITS = ("train", "pool", "holdout")
 TOKENS_NAME = "tokens"  # the prefix of .bin and .idx inside a corpus folder
 BATCH_DOCUMENTS = 512
+METADATA_ROWS = 65_536
 METADATA_SCHEMA = pa.schema([("url", pa.string()), ("timestamp", pa.string()), ("source", pa.string())])
 
 
@@ -76,13 +77,20 @@ class _SplitWriter:
     def __init__(self, directory: Path, tokenizer: Tokenizer, stack: ExitStack) -> None:
         self.tokens = stack.enter_context(IndexedWriter(directory / TOKENS_NAME, token_dtype(tokenizer.vocab_size)))
         self._metadata_handle = stack.enter_context(artifact.atomic_file(directory / "documents.parquet"))
+        self._rows: list[dict[str, str | None]] = []
         self._metadata = stack.enter_context(pq.ParquetWriter(self._metadata_handle, METADATA_SCHEMA))
 
     def write(self, documents: list[Document], ids: list[np.ndarray[Any, np.dtype[np.int64]]]) -> None:
         lengths = np.array([len(item) for item in ids], np.int64)
         self.tokens.write(np.concatenate(ids), lengths)
-        rows = {name: [getattr(document, name) for document in documents] for name in METADATA_SCHEMA.names}
-        self._metadata.write_table(pa.table(rows, schema=METADATA_SCHEMA))
+        self._rows.extend({name: getattr(document, name) for name in METADATA_SCHEMA.names} for document in documents)
+        if len(self._rows) >= METADATA_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows held back: a row group a batch would be mostly headers."""
+        self._metadata.write_table(pa.Table.from_pylist(self._rows, schema=METADATA_SCHEMA))
+        self._rows.clear()
 
 
 def make_corpora(
@@ -136,6 +144,8 @@ def make_corpora(
     with ExitStack() as stack:
         writers = {split: _SplitWriter(directory / split, tokenizer, stack) for split in SPLITS}
         ledgers = _write_all(inputs, text_field, shares, tokenizer, writers, progress)
+        for writer in writers.values():
+            writer.flush()
         tokens = {split: writer.tokens.tokens for split, writer in writers.items()}
         documents = {split: writer.tokens.documents for split, writer in writers.items()}
         _refuse_empty(documents, inputs, ledgers)
@@ -153,6 +163,7 @@ def make_corpora(
             settings=settings | {"split": split},
             inputs=parents,
             info=info | {"documents": documents[split], "tokens": tokens[split]},
+            identity=[f"{TOKENS_NAME}.bin", f"{TOKENS_NAME}.idx"],
             # one pass makes all three; its time is divided by tokens so that sums over artifacts are right
             cost=Cost(seconds=seconds * tokens[split] / max(1, sum(tokens.values())), tokens=tokens[split]),
         )
