@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,9 +64,9 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint")
     index = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
     _decay(recipe, trainer, corpus, index, f"evaluate {method} stage {stage}")
-    next_lr = learning_rate(
-        recipe.pretrain, trainer.steps_done - config.decay_steps + 1
-    )  # the probe takes a step of training, not of decay
+    # a probe takes a step of training, not of decay
+    next_lr = learning_rate(recipe.pretrain, trainer.steps_done - config.decay_steps + 1)
+    world.same(lambda: shutil.rmtree(request.directory, ignore_errors=True))  # what an interrupted attempt left
     optimizer = checkpoint.export_state(request.directory, trainer, next_lr)[0] if recipe.probe.after_decay else None
     ids = holdout_ids(recipe, holdout.samples)
     metrics = {

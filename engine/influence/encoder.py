@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mates.engine.config import FitConfig
+from mates.engine.config import FitConfig, require
 from mates.engine.flops import EncoderShape
 from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized
 from mates.preprocess.tokenizer import Tokenizer
@@ -58,7 +58,15 @@ def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:
     from transformers import BertConfig, BertModel
 
     if config.encoder is not None:
-        return InfluenceEncoder(_pretrained(config.encoder))
+        encoder = _pretrained(config.encoder)
+        positions = getattr(encoder.config, "max_position_embeddings", config.chunk_tokens)
+        require(
+            config.chunk_tokens <= positions,
+            "fit.chunk_tokens",
+            config.chunk_tokens,
+            f"at most the {positions} positions of {config.encoder}",
+        )
+        return InfluenceEncoder(encoder)
     bert = BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,

@@ -14,9 +14,12 @@ import torch
 
 from mates.engine import distributed
 from mates.engine.config import LaunchConfig, ModelConfig, PretrainConfig, Recipe
+from mates.engine.evaluate.stage import reference_metrics
 from mates.engine.pretrain import checkpoint
-from mates.engine.pretrain.model import build_model, next_token_loss
+from mates.engine.pretrain.model import build_model, model_config, next_token_loss
+from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.pretrain.trainer import Trainer, weight_decay_of
+from mates.engine.reference.batches import LabelBatch
 from mates.preprocess.artifact import Cost, Request
 
 VOCAB, LENGTH, BATCH, STEPS = 256, 32, 8, 6
@@ -57,9 +60,6 @@ def digest(trainer: Trainer) -> str:
 
 def plain_loop() -> tuple[list[float], dict[str, torch.Tensor]]:
     """A single process, torch's own AdamW and clipping, the whole batch at once."""
-    from mates.engine.pretrain.model import model_config
-    from mates.engine.pretrain.shapes import resolve_shape
-
     config = RECIPE.pretrain
     model = build_model(model_config(resolve_shape(RECIPE.model), VOCAB, 0), RECIPE.seed)
     groups = [{"params": [p], "weight_decay": weight_decay_of(name, p, config)} for name, p in model.named_parameters()]
@@ -75,6 +75,37 @@ def plain_loop() -> tuple[list[float], dict[str, torch.Tensor]]:
         optimizer.step()
         losses.append(loss.item())
     return losses, {name: value.detach() for name, value in model.named_parameters()}
+
+
+def reference_batches() -> list[LabelBatch]:
+    """Three batches for two ranks, of different sizes; an item may have several labels."""
+    source, batches = np.random.default_rng(1), []
+    for number, rows in enumerate((4, 2, 3)):
+        positions = np.arange(number, rows * LENGTH, 7)
+        batches.append(
+            LabelBatch(
+                torch.from_numpy(source.integers(0, VOCAB, (rows, LENGTH))),
+                torch.from_numpy(positions),
+                torch.from_numpy(source.integers(0, VOCAB, len(positions))),
+                torch.from_numpy(100 * number + positions // LENGTH),
+            )
+        )
+    return batches
+
+
+def plain_reference(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Loss and accuracy over all batches, from full logits of one model."""
+    model = build_model(model_config(resolve_shape(RECIPE.model), VOCAB, 0), RECIPE.seed).eval()
+    model.load_state_dict(weights)
+    losses, right, items = [], 0, 0
+    with torch.no_grad():
+        for batch in reference_batches():
+            logits = model(input_ids=batch.tokens).logits.flatten(0, 1)[batch.positions]
+            losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none"))
+            for item in set(batch.items.tolist()):
+                own = batch.items == item
+                items, right = items + 1, right + bool((logits[own].argmax(-1) == batch.targets[own]).all())
+    return {"task.loss_nats": float(torch.cat(losses).mean()), "task.accuracy": right / items}
 
 
 def case(zero_stage: int, precision: str, folder: Path, world: distributed.World) -> dict[str, Any]:
@@ -102,16 +133,19 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
     checkpoint.load(request.directory, resumed, "checkpoint")
     after = train(resumed, STEPS // 2, STEPS)
     weights = {name: value for name, value, *_ in whole.full_state()}
+    reference = reference_metrics(whole, "task", reference_batches())
     result: dict[str, Any] = {
         "losses": losses,
         "resumed_losses": before + after,
         "digest": digest(whole),
         "resumed_digest": digest(resumed),
         "state_is_saved": saved == read.hexdigest(),
+        "reference": reference,
     }
     if precision == "fp32":
         expected = plain_loop()
         result["plain_losses"] = expected[0]
+        result["plain_reference"] = plain_reference(expected[1])
         # over all weights: a key's bias has no gradient but rounding (softmax ignores shifts), which AdamW makes full-sized steps of
         gaps = torch.cat([(weights[name] - value).flatten() for name, value in expected[1].items()])
         result["weight_error"] = float(gaps.norm() / torch.cat([value.flatten() for value in expected[1].values()]).norm())

@@ -39,6 +39,7 @@ def test_equals_a_plain_loop(results: Results, stage: int) -> None:
     found = results[f"{stage} fp32"]
     assert found["losses"] == pytest.approx(found["plain_losses"], rel=1e-6)
     assert found["weight_error"] < 1e-5
+    assert found["reference"] == pytest.approx(found["plain_reference"], rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
