@@ -216,7 +216,7 @@ def run_recipe(recipe: Recipe) -> None:
                     str(step.stage),
                 ]
                 processes = recipe.launch.processes if step.verb in DISTRIBUTED_VERBS else 1
-                if step.verb in ("pretrain", "evaluate"):
+                if step.verb == "pretrain":
                     run_with_deepspeed(command, processes)
                 else:
                     run_plain(command, processes)
