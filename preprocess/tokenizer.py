@@ -206,6 +206,11 @@ def open_tokenizer(directory: Path) -> tuple[Tokenizer, Manifest]:
     return load_tokenizer(directory / manifest.info["file"], manifest.settings["end_of_document"]), manifest
 
 
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a tokenizer artifact that another program needs."""
+    return [directory / name for name in artifact.load(directory, "tokenizer").files]
+
+
 def _take(path: str, end_of_document: str | None, directory: Path) -> str:
     if Path(path).exists():
         file = _tokenizer_file(Path(path))

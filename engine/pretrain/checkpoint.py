@@ -6,7 +6,9 @@ own files are pickles: they are loaded only after their hashes match the manifes
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,14 @@ def save(
     losses: npt.NDArray[np.float64],
     next_lr: float,
     cost: Cost,
+    tokenizer_files: Sequence[Path] = (),
 ) -> Manifest:
     """Write a checkpoint: all ranks take part, rank 0 commits. The kind ``checkpoint`` also gets ``hf/`` and ``state/``.
 
     Args:
         losses: [stage steps so far], mean loss of each optimizer step in nats.
         next_lr: learning rate that the schedule gives to the step after this checkpoint; probes take it.
+        tokenizer_files: copied into ``hf/``, so that the export can be used by itself.
     """
     world, directory = trainer.world, request.directory
     world.same(lambda: shutil.rmtree(directory, ignore_errors=True))
@@ -63,7 +67,7 @@ def save(
         optimizer, weights = export_state(directory, trainer, next_lr)
         info["optimizer"] = optimizer
         if world.first:
-            trainer.engine.module.save_pretrained(directory / EXPORT, state_dict=weights, safe_serialization=True)
+            _write_export(directory / EXPORT, trainer, weights, tokenizer_files)
 
     def commit() -> Manifest:
         with artifact.atomic_file(directory / LOSSES) as handle:
@@ -104,6 +108,17 @@ def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dic
         "weight_decay": decay,
     }
     return optimizer, weights
+
+
+def _write_export(directory: Path, trainer: Trainer, weights: dict[str, torch.Tensor], tokenizer_files: Sequence[Path]) -> None:
+    """Write ``hf/``: the fp32 master weights, a configuration that says so, and the tokenizer."""
+    module = trainer.engine.module
+    module.save_pretrained(directory, state_dict=weights)
+    config = copy.deepcopy(module.config)
+    config.dtype = torch.float32  # save_pretrained writes the dtype of training, and loading would round to it
+    config.save_pretrained(directory)
+    for file in tokenizer_files:
+        shutil.copyfile(file, directory / file.name)
 
 
 class _ShardWriter:

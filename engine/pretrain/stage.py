@@ -26,6 +26,7 @@ from mates.engine.pretrain.trainer import StepResult, Trainer
 from mates.engine.progress import Progress, say
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
+from mates.preprocess.tokenizer import tokenizer_files
 
 NOT_IDENTITY = ("micro_batch_size", "zero_stage", "activation_checkpointing", "checkpoint_every", "log_every", "stages")
 
@@ -212,4 +213,5 @@ class _StageRun:
                 seconds=seconds,
                 tokens=samples * self.recipe.pretrain.sequence_length,
             ),
+            tokenizer_files=tokenizer_files(self.layout.tokenizer),
         )

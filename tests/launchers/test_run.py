@@ -87,6 +87,21 @@ def test_every_step_left_its_artifact(finished: Path) -> None:
     assert not list(finished.rglob("partial"))
 
 
+def test_the_export_stands_alone(finished: Path) -> None:
+    """Transformers alone loads hf/, weights as in state/, tokenizer included."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mates.engine.pretrain.checkpoint import read_state
+
+    folder = finished / "mates/stage1/checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", local_files_only=True)
+    state, _ = read_state(folder, dtype=torch.float32, device=torch.device("cpu"))
+    assert all(torch.equal(value, state.weights[name]) for name, value in model.named_parameters())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf", local_files_only=True)
+    assert tokenizer.decode(tokenizer("The sum of all parts.")["input_ids"]) == "The sum of all parts."
+
+
 def test_inspect_verifies_the_run(finished: Path) -> None:
     shown = mates("inspect", str(finished)).stdout
     assert shown.count("SHA-256 verified") == len(fingerprints(finished))
