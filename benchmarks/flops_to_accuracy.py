@@ -321,7 +321,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[Recipe]]:
     parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False)
     parser.add_argument("recipe", type=Path, help="recipe file, before everything else; dotted overrides may follow")
     parser.add_argument("--methods", default="random,mates", help="methods, parted by commas; random is among them")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted up from the recipe's own")
     parser.add_argument("--out", type=Path, help="folder of the runs (default runs/flops_to_accuracy_RECIPE)")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder of results")
     options, overrides = parser.parse_known_args(arguments)
@@ -332,7 +332,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[Recipe]]:
     require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
     out = options.out or Path("runs") / f"flops_to_accuracy_{options.recipe.stem}"
     base = replace(base, methods=methods, data_dir=str(out / "data"))
-    return options, [replace(base, seed=k, run_dir=str(out / f"seed-{k}")) for k in range(options.seeds)]
+    return options, [replace(base, seed=k, run_dir=str(out / f"seed-{k}")) for k in range(base.seed, base.seed + options.seeds)]
 
 
 def main(arguments: list[str] | None = None) -> int:
