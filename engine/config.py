@@ -15,6 +15,21 @@ SAMPLE = "sample"  # the word in place of a path that asks for the embedded corp
 Method = Literal["random", "mates", "mates-topk"]
 
 
+OWNED_BY_RECIPE = {
+    "train_batch_size": "pretrain.batch_size",
+    "train_micro_batch_size_per_gpu": "pretrain.micro_batch_size",
+    "gradient_accumulation_steps": "pretrain.micro_batch_size",
+    "gradient_clipping": "pretrain.clip_norm",
+    "optimizer": "pretrain",
+    "scheduler": "pretrain.schedule",
+    "bf16": "pretrain.precision",
+    "fp16": "pretrain.precision",
+    "torch_autocast": "pretrain.precision",
+    "data_types": "pretrain.precision",
+}
+"""Keys of the DeepSpeed configuration that a recipe says by its own fields."""
+
+
 class RecipeError(ValueError):
     """A recipe value is impossible. The message names the field, the value found and what is expected."""
 
@@ -44,6 +59,7 @@ class CorpusConfig:
     """Key of the hash of a document's text that sends it to the train, pool or holdout corpus."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.split_seed < 2**64, "corpus.split_seed", self.split_seed, "0 to 2^64 - 1")
         require(len(self.inputs) > 0, "corpus.inputs", self.inputs, "at least one file, folder or glob")
         require(self.text_field != "", "corpus.text_field", self.text_field, "a field name")
         require(0 < self.pool_share < 1, "corpus.pool_share", self.pool_share, "a share above 0 and below 1")
@@ -330,10 +346,10 @@ class SelectConfig:
     def __post_init__(self) -> None:
         require(0 < self.ratio <= 1, "select.ratio", self.ratio, "a share above 0 and at most 1")
         require(
-            0 < self.temperature < math.inf,
+            1e-6 <= self.temperature < math.inf,
             "select.temperature",
             self.temperature,
-            "above 0 (mates-topk is the limit at 0)",
+            "at least 1e-6 (mates-topk is the limit at 0)",
         )
 
 
@@ -359,8 +375,8 @@ class LaunchConfig:
     """How many processes the distributed steps use on this machine."""
 
     processes: int = 1
-    """Processes (ranks) of pretrain, probe, score and evaluate, started through the deepspeed launcher: one for each GPU, or a share
-    of the cores on a machine without."""
+    """Processes (ranks) that `mates run` starts for pretrain (through the deepspeed launcher), probe, score and evaluate: one for each
+    GPU, or a share of the cores on a machine without."""
     threads: int = 0
     """CPU threads of a process; 0 divides the machine's cores by the processes."""
     timeout_minutes: float = 30.0
@@ -372,6 +388,11 @@ class LaunchConfig:
         require(self.processes >= 1, "launch.processes", self.processes, "at least 1")
         require(self.threads >= 0, "launch.threads", self.threads, "0 or more")
         require(self.timeout_minutes > 0, "launch.timeout_minutes", self.timeout_minutes, "above 0")
+        for key, place in OWNED_BY_RECIPE.items():
+            require(key not in self.deepspeed, f"launch.deepspeed.{key}", self.deepspeed.get(key), f"nothing: {place} says it")
+        zero = self.deepspeed.get("zero_optimization")
+        owned = isinstance(zero, dict) and "stage" in zero
+        require(not owned, "launch.deepspeed.zero_optimization.stage", zero, "nothing: pretrain.zero_stage says it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +434,10 @@ class Recipe:
     def __post_init__(self) -> None:
         from mates.engine.pretrain.shapes import resolve_shape
 
+        require(self.run_dir != "", "run_dir", self.run_dir, "a folder")
+        for section in section_names():
+            for name, value in vars(getattr(self, section)).items():
+                require(not isinstance(value, float) or math.isfinite(value), f"{section}.{name}", value, "a finite number")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         require(len(self.methods) > 0, "methods", self.methods, "at least one method")
         require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")

@@ -52,6 +52,13 @@ def describe(directory: Path) -> Iterator[str]:
     Raises:
         ArtifactError: damaged.
     """
+    try:
+        yield from _lines(directory)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{directory / artifact.MANIFEST_NAME}: lacks what a manifest of its kind says ({error!r})") from error
+
+
+def _lines(directory: Path) -> Iterator[str]:
     manifest = artifact.verify(directory)
     yield f"{directory}: {manifest.kind} — {ABOUT.get(manifest.kind, 'of an unknown kind')}"
     yield f"  fingerprint  {manifest.fingerprint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -49,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     except verbs.user_errors() as error:
         print(f"mates {name}: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"mates {name}: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nmates {name}: interrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130

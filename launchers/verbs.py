@@ -13,11 +13,11 @@ from typing import IO, Any
 
 import jsonargparse
 
-from mates.engine.config import Recipe, require
+from mates.engine.config import SAMPLE, Recipe, RecipeError, require
 from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
 
 RUN_LOCK = ".run.lock"
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,14 @@ def _stage_verb(name: str, summary: str) -> Verb:
 
 def check_stage(recipe: Recipe, verb: str, method: str, stage: int) -> None:
     """Refuse a stage or method that the recipe does not have."""
-    first = 1 if verb in ("probe", "fit", "score") else 0
-    last = recipe.pretrain.stages - 1
-    require(first <= stage <= last, "--stage", stage, f"{first} to {last} for {verb}")
+    chosen = verb in ("probe", "fit", "score")
+    stages = list(range(1 if chosen else 0, recipe.pretrain.stages))
+    require(stage in stages, "--stage", stage, f"one of {stages} for {verb}")
     if stage == 0:
         require(method == "shared", "--method", method, "shared, which stage 0 belongs to")
     else:
         require(method in recipe.methods, "--method", method, f"one of the recipe's methods: {', '.join(recipe.methods)}")
+        require(not chosen or method != "random", "--method", method, f"a method that chooses by influence: random needs no {verb}")
 
 
 def stage_step(name: str, recipe: Recipe, method: str, stage: int) -> None:
@@ -190,18 +191,21 @@ def run_recipe(recipe: Recipe) -> None:
     from mates.engine.loop import DISTRIBUTED_VERBS, run_steps, step_request
     from mates.engine.progress import say
     from mates.launchers.local import console_script, run_plain, run_with_deepspeed
-    from mates.preprocess.artifact import atomic_file
 
+    check_paths(recipe)
     with run_lock(recipe.path()):
-        path = recipe.path() / RECIPE_FILE
-        with atomic_file(path) as handle:
-            handle.write(dump_recipe(recipe).encode())
+        path, said = recipe.path() / ATTEMPT_FILE, recipe.path() / RECIPE_FILE
+        write_recipe(path, recipe)
+        if not said.exists():  # that of finished work stays until this one has been through all steps
+            write_recipe(said, recipe)
         started = time.perf_counter()
         for step in run_steps(recipe):
             if step.verb == "report":
                 write_report(recipe)
             elif step.method is None or step.stage is None:
                 data_step(step.verb, recipe)
+                if step.verb == "preprocess":
+                    check_sizes(recipe)
             elif step.verb == "select":
                 stage_step("select", recipe, step.method, step.stage)
             elif not step_request(recipe, step).find():
@@ -220,7 +224,53 @@ def run_recipe(recipe: Recipe) -> None:
                     run_with_deepspeed(command, processes)
                 else:
                     run_plain(command, processes)
+        path.replace(said)
         say(f"run: done in {time.perf_counter() - started:.0f} s; open {layout_of(recipe).report}")
+
+
+def write_recipe(path: Path, recipe: Recipe) -> None:
+    """Write a recipe as YAML."""
+    from mates.preprocess.artifact import atomic_file
+
+    with atomic_file(path) as handle:
+        handle.write(dump_recipe(recipe).encode())
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Refuse files that are not there before the hours of work that come before their use."""
+    from mates.preprocess.readers import find_inputs
+    from mates.preprocess.tokenizer import load_tokenizer
+
+    find_inputs([item for item in recipe.corpus.inputs if item != SAMPLE])
+    source = recipe.reference.source
+    require(source == SAMPLE or Path(source).is_file(), "reference.source", source, "a file that is there")
+    if recipe.tokenizer.path is not None and looks_like_path(recipe.tokenizer.path):
+        load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document)
+    encoder = recipe.fit.encoder
+    if encoder is not None and looks_like_path(encoder):
+        require((Path(encoder) / "config.json").is_file(), "fit.encoder", encoder, "a Hugging Face folder with a config.json")
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a tokenizer or encoder is named by a path rather than on the model hub (``owner/name`` or ``name``)."""
+    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Refuse corpora that are too small for a later step of the recipe, as soon as their sizes are known."""
+    from mates.engine.data.blocks import make_blocks
+    from mates.engine.data.corpus import open_corpus
+    from mates.engine.influence.fit import check_parts, split_labels
+    from mates.engine.layout import layout_of
+    from mates.engine.probe.stage import probed_samples
+    from mates.engine.select.stage import needs_scores
+
+    length = recipe.pretrain.sequence_length
+    train, pool = (open_corpus(layout_of(recipe).corpus(split), length) for split in ("train", "pool"))
+    make_blocks(recipe, train.samples)
+    for stage in range(recipe.pretrain.stages):
+        if any(needs_scores(method, stage) for method in recipe.methods):
+            check_parts(split_labels(probed_samples(recipe, pool.samples, stage), recipe.fit, recipe.seed))
 
 
 @contextmanager
@@ -259,6 +309,7 @@ def _report(arguments: list[str]) -> int:
     from mates.engine.progress import say
 
     recipe, _ = parse_with(recipe_parser("report", VERBS["report"].summary), arguments)
+    require(recipe.path().is_dir(), "run_dir", recipe.run_dir, "the folder of a run: nothing has been run there")
     say(f"report: {write_report(recipe)}")
     return 0
 
@@ -278,7 +329,13 @@ def _plan(arguments: list[str]) -> int:
     require(0 < extra["utilisation"] <= 1, "--utilisation", extra["utilisation"], "above 0 and at most 1")
     require(extra["devices"] >= 1, "--devices", extra["devices"], "at least 1")
     from mates.engine.plan import Device, describe
+    from mates.preprocess.readers import InputError
+    from mates.preprocess.tokenizer import TokenizerError
 
+    try:
+        check_paths(recipe)
+    except (InputError, RecipeError, TokenizerError) as error:
+        print(f"missing     {error}")
     for line in describe(recipe, Device(extra["peak_tflops"] * 1e12, extra["utilisation"], extra["devices"])):
         print(line)
     return 0

@@ -220,6 +220,12 @@ def load(directory: Path, kind: str | None = None) -> Manifest:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not a manifest of this program ({error!r})") from error
+    if not (isinstance(manifest.kind, str) and isinstance(manifest.fingerprint, str) and manifest.files):
+        raise ArtifactError(f"{path}: not a manifest of this program (kind, fingerprint or files are missing)")
+    if not all(isinstance(value, Mapping) for value in (manifest.settings, manifest.inputs, manifest.info)):
+        raise ArtifactError(f"{path}: not a manifest of this program (settings, inputs and info are JSON objects)")
+    if not all(isinstance(value, int | float) for value in (manifest.cost.flops, manifest.cost.seconds, manifest.cost.tokens)):
+        raise ArtifactError(f"{path}: not a manifest of this program (cost holds numbers)")
     if manifest.format != FORMAT:
         raise ArtifactError(f"{path}: format {manifest.format}, this version reads {FORMAT}")
     if kind is not None and manifest.kind != kind:

@@ -232,12 +232,15 @@ def _take(path: str, end_of_document: str | None, directory: Path) -> str:
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    total = 0
+    left = limit
     for text in texts:
-        yield text
-        total += len(text.encode())
-        if total >= limit:
+        data = text.encode()
+        yield text if len(data) <= left else data[:left].decode(errors="ignore")
+        left -= len(data)
+        if left <= 0:
             return
+    if left == limit:
+        raise TokenizerError("there is no text to train a tokenizer on: the inputs hold no usable document for the train corpus")
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int, end_of_document: str | None, directory: Path) -> str:

@@ -63,7 +63,9 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     trainer = new_trainer(recipe, world, corpus)
     checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint")
     index = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
+    branch_start = time.perf_counter()
     _decay(recipe, trainer, corpus, index, f"evaluate {method} stage {stage}")
+    branch_seconds = time.perf_counter() - branch_start
     # a probe takes a step of training, not of decay
     next_lr = learning_rate(recipe.pretrain, trainer.steps_done - config.decay_steps + 1)
     world.same(lambda: shutil.rmtree(request.directory, ignore_errors=True))  # what an interrupted attempt left
@@ -97,7 +99,8 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
 
     def commit() -> Manifest:
         artifact.write_json(request.directory / METRICS_FILE, metrics)
-        return request.commit(info=metrics | ({"optimizer": optimizer} if optimizer else {}), cost=cost)
+        kept = {"optimizer": optimizer, "branch": {"seconds": branch_seconds}} if optimizer else {}
+        return request.commit(info=metrics | kept, cost=cost)
 
     result: Manifest = world.same(commit)
     return result

@@ -45,6 +45,14 @@ def split_labels(ids: npt.NDArray[np.int64], config: FitConfig, seed: int) -> di
     }
 
 
+def check_parts(parts: dict[str, npt.NDArray[np.int64]]) -> None:
+    """ArtifactError where a part has too few labels."""
+    for name, rows in parts.items():
+        if len(rows) < 2:
+            advice = "lower fit.test_share and fit.validation_share" if name == "train" else f"raise fit.{name}_share"
+            raise ArtifactError(f"fit: {len(rows)} labels in the {name} part, at least 2 are needed; raise probe.samples or {advice}")
+
+
 def agreement(predicted: npt.NDArray[np.floating[Any]], oracle: npt.NDArray[np.floating[Any]]) -> dict[str, float | None]:
     """Spearman's and Pearson's correlation; None where one side is constant or there are fewer than three points."""
     if len(predicted) < 3 or np.ptp(predicted) == 0 or np.ptp(oracle) == 0:
@@ -130,11 +138,7 @@ class _Fit:
     ) -> None:
         self.config, self.model, self.reader, self.windows = config, model, reader, windows
         self.values, self.parts, self.seed, self.stage, self.device = values, parts, seed, stage, device
-        for name, rows in parts.items():
-            if len(rows) < 2:
-                raise ArtifactError(
-                    f"fit: {len(rows)} labels in the {name} part, at least 2 are needed; raise probe.samples or fit.{name}_share"
-                )
+        check_parts(parts)
         train = values[parts["train"]]
         self.mean, self.sd = float(train.mean()), float(train.std())
         if self.sd == 0:

@@ -6,9 +6,10 @@ own files are pickles: they are loaded only after their hashes match the manifes
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,15 @@ def save(
     world, directory = trainer.world, request.directory
     world.same(lambda: shutil.rmtree(directory, ignore_errors=True))
     directory.mkdir(parents=True, exist_ok=True)
-    trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state=asdict(progress))
     whole = request.kind == "checkpoint"
     info: dict[str, Any] = asdict(progress)
-    if whole:
-        optimizer, weights = export_state(directory, trainer, next_lr)
-        info["optimizer"] = optimizer
-        if world.first:
-            _write_export(directory / EXPORT, trainer, weights, tokenizer_files)
+    with _explained(directory):
+        trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state=asdict(progress))
+        if whole:
+            optimizer, weights = export_state(directory, trainer, next_lr)
+            info["optimizer"] = optimizer
+            if world.first:
+                _write_export(directory / EXPORT, trainer, weights, tokenizer_files)
 
     def commit() -> Manifest:
         with artifact.atomic_file(directory / LOSSES) as handle:
@@ -78,6 +80,20 @@ def save(
     world.barrier()
     result: Manifest = world.same(commit)
     return result
+
+
+@contextlib.contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """PyTorch and safetensors speak of broken streams when a disk is full; say what it is."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(directory).free
+        if free < 1 << 20:
+            raise ArtifactError(
+                f"{directory}: the disk is full ({free:,} bytes free); earlier checkpoints are untouched. Make space and run the step again"
+            ) from error
+        raise
 
 
 def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

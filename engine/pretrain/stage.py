@@ -36,6 +36,8 @@ def training_settings(recipe: Recipe) -> dict[str, Any]:
     config = {key: value for key, value in asdict(recipe.pretrain).items() if key not in NOT_IDENTITY}
     if recipe.pretrain.schedule == "cosine":
         config["total_steps"] = recipe.pretrain.total_steps
+    if recipe.launch.deepspeed:  # what the keys do is DeepSpeed's; they may change the training
+        config["deepspeed"] = recipe.launch.deepspeed
     return {
         "model": asdict(resolve_shape(recipe.model)) | {"vocab_multiple": recipe.model.vocab_multiple},
         "pretrain": config,

@@ -111,9 +111,10 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         label=f"probe {method} stage {stage}",
         started=started,
     )
+    branch = artifact.load(parent).info["branch"]["seconds"] if recipe.probe.after_decay else 0.0
     cost = Cost(
         flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], reference, len(ids)),
-        seconds=seconds,
+        seconds=seconds + branch,
         tokens=len(ids) * recipe.pretrain.sequence_length,
     )
     result: Manifest = world.same(lambda: _commit(request, parts, prober, ids, reference.name, cost))
@@ -178,7 +179,8 @@ def _commit(request: Request, parts: Path, prober: ExactProbe, ids: npt.NDArray[
     }
     manifest = request.commit(info=info, cost=cost, files=[LABELS_FILE])
     shutil.rmtree(parts)
-    say(f"probe: {len(ids)} influences, mean {values.mean():+.2e} nats, SD {values.std():.2e}, {100 * (values < 0).mean():.0f}% help")
+    helpful = f"{100 * (values < 0).mean():.0f}% of the samples lower the reference loss"
+    say(f"probe: {len(ids)} influences, mean {values.mean():+.2e} nats, SD {values.std():.2e}, {helpful}")
     return manifest
 
 

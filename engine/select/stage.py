@@ -81,7 +81,7 @@ def select_stage(recipe: Recipe, method: str, stage: int) -> Manifest:
         info |= {"mean_score_selected": float(score[picked].mean()), "mean_score_candidates": float(score.mean())}
         say(
             f"select {method} stage {stage}: mean score {score[picked].mean():+.3f} SD of {k:,} selected, "
-            f"{score.mean():+.3f} of {len(score):,} candidates"
+            f"{score.mean():+.3f} of {len(score):,} candidates (lower is better)"
         )
     ordered = in_training_order(chosen, seed=recipe.seed, stage=stage)
     cost = Cost(seconds=time.perf_counter() - start, tokens=0)

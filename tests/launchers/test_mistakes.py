@@ -30,13 +30,21 @@ MISTAKES = [
         ["run", "--evaluate.decay_steps", "500"],
         "evaluate.decay_steps: found 500, expected at most pretrain.steps_per_stage = 100",
     ),
-    (["run", "--select.temperature", "0"], "select.temperature: found 0.0, expected above 0"),
+    (["run", "--select.temperature", "0"], "select.temperature: found 0.0, expected at least 1e-6"),
     (["run", "--corpus.pool_share", "0.99"], "corpus.pool_share + corpus.holdout_share"),
-    (["probe", "--stage", "0"], "--stage: found 0, expected 1 to 2 for probe"),
+    (["probe", "--stage", "0"], "--stage: found 0, expected one of [1, 2] for probe"),
     (
         ["pretrain", "--stage", "1", "--method", "best"],
         "--method: found 'best', expected one of the recipe's methods: random, mates",
     ),
+    (["probe", "--stage", "1", "--method", "random"], "random needs no probe"),
+    (
+        ["run", "--launch.deepspeed", "{gradient_clipping: 0.5}"],
+        "launch.deepspeed.gradient_clipping: found 0.5, expected nothing: pretrain.clip_norm",
+    ),
+    (["run", "--pretrain.weight_decay", ".inf"], "pretrain.weight_decay: found inf, expected a finite number"),
+    (["run", "--reference.source", "nowhere.jsonl"], "reference.source: found 'nowhere.jsonl', expected a file that is there"),
+    (["report", "--run_dir", "nothing"], "run_dir: found 'nothing', expected the folder of a run"),
     (["trian"], "unknown verb 'trian'"),
 ]
 
@@ -53,6 +61,42 @@ def test_bad_arguments(
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [], "nothing may be written before the recipe is known to be good"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"pretrain: {lr: 0.1}\npretrain: {lr: 0.2}\n", "the key 'pretrain' is there twice"),
+        (b"pretrain:\n", "pretrain: found None, expected a mapping of its fields"),
+        (b"", "found NoneType, expected a mapping of recipe fields"),
+        (b"- 1\n", "found list, expected a mapping of recipe fields"),
+        (b"\xff\xfe\x00", "cannot be read as a recipe"),
+        (b"a: &a [*a]\n", "found a, expected only run_dir, data_dir"),
+    ],
+)
+def test_files_that_are_no_recipe(content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    assert main(["run", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.splitlines()) < 10
+
+
+def test_printed_recipe_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for verb, arguments in (
+        ("run", ["--select.ratio", "0.3"]),
+        ("pretrain", [str(tmp_path / "0.yaml")]),
+        ("plan", [str(tmp_path / "1.yaml")]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([verb, *arguments, "--print_config"])
+        assert end.value.code == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / f"{len(printed) - 1}.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1] == printed[2]
+    assert "ratio: 0.3" in printed[0]
 
 
 def test_unknown_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -376,5 +376,5 @@ def test_normalise(value: Json) -> None:
 @given(settings=st.dictionaries(st.text(max_size=4), python_values, max_size=4))
 def test_settings_with_tuples_fit_themselves(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Json]) -> None:
     directory = tmp_path_factory.mktemp("tuples")
-    made = make(directory, {}, settings=settings)
+    made = make(directory, {"a": b"1"}, settings=settings)
     assert find(directory, settings) == made

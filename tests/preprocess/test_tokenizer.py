@@ -327,7 +327,9 @@ def test_documents_of_one_long_line_are_trained_on(tmp_path: Path, texts: list[s
 
 
 def test_training_on_too_little_is_a_tokenizer_error(tmp_path: Path) -> None:
-    for name, texts in (("none", []), ("blank", [" \n "]), ("little", ["only a few words"])):
+    with pytest.raises(TokenizerError, match="there is no text to train a tokenizer on"):
+        make(tmp_path / "none", [], kind="bpe")
+    for name, texts in (("blank", [" \n "]), ("little", ["only a few words"])):
         with pytest.raises(TokenizerError, match=r"tokenizer\.vocab_size: .*5,?000"):
             make(tmp_path / name, texts, kind="sentencepiece", vocab_size=5_000)
         assert artifact.find_complete(tmp_path / name, kind="tokenizer", settings={}, inputs={}) is None
