@@ -1,4 +1,4 @@
-"""Everything that is checked and measured on a GPU, in parts of under nine minutes each.
+"""Everything that is checked and measured on a GPU, in parts of a few minutes each.
 
     python benchmarks/gpu_suite.py --part NAME [--results DIR]      (--list names the parts)
 
