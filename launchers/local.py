@@ -50,14 +50,14 @@ def step_environment(processes: int) -> dict[str, str]:
     return environment
 
 
-def run_with_deepspeed(command: Sequence[str], processes: int, master_port: int | None = None) -> None:
+def run_with_deepspeed(command: Sequence[str], processes: int) -> None:
     """Run ``command`` as ``processes`` ranks of the deepspeed launcher. StepFailedError where one fails."""
     launcher = [
         console_script("deepspeed"),
         "--num_gpus",
         str(processes),
         "--master_port",
-        str(master_port or free_port()),
+        str(free_port()),
         "--quiet",
     ]
     _wait([_start([*launcher, "--no_python", "--no_local_rank", *command], step_environment(processes))])

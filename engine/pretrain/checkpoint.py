@@ -110,7 +110,7 @@ def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dic
             for kind, value in zip(KINDS, values, strict=True):
                 writers[kind].add(name, value)
             weights[name] = values[0]
-        decay[name] = weight_decay_of(name, values[0], config)
+        decay[name] = weight_decay_of(values[0], config)
     if first:
         for writer in writers.values():
             writer.flush()

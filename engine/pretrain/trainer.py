@@ -28,9 +28,8 @@ class StepResult:
     grad_norm: float
 
 
-def weight_decay_of(name: str, parameter: torch.Tensor, config: PretrainConfig) -> float:
-    """Matrices decay; biases and norms do not. ``name`` is unused: the rule is by shape."""
-    del name
+def weight_decay_of(parameter: torch.Tensor, config: PretrainConfig) -> float:
+    """Matrices decay; biases and norms do not."""
     return config.weight_decay if parameter.ndim >= 2 else 0.0
 
 
@@ -87,10 +86,9 @@ class Trainer:
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            groups.setdefault(weight_decay_of(name, parameter, config), []).append(parameter)
+        for parameter in model.parameters():
+            groups.setdefault(weight_decay_of(parameter, config), []).append(parameter)
         optimizer = torch.optim.AdamW(
             [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
             lr=config.lr,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,9 @@ def test_killed_and_run_again(finished: Path, recipe: Path, tmp_path: Path, mome
 def test_interrupted_and_run_again(finished: Path, recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = [console_script("mates"), "run", str(recipe), "--run_dir", str(run_dir)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    # a shell that puts the tests in the background has them ignore SIGINT, and children inherit that
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=listening)
     wait_for(run_dir / "shared/stage0/partial/step-00000004/manifest.json", process)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
     _, errors = process.communicate()

@@ -62,7 +62,7 @@ def plain_loop() -> tuple[list[float], dict[str, torch.Tensor]]:
     """A single process, torch's own AdamW and clipping, the whole batch at once."""
     config = RECIPE.pretrain
     model = build_model(model_config(resolve_shape(RECIPE.model), VOCAB, 0), RECIPE.seed)
-    groups = [{"params": [p], "weight_decay": weight_decay_of(name, p, config)} for name, p in model.named_parameters()]
+    groups = [{"params": [p], "weight_decay": weight_decay_of(p, config)} for p in model.parameters()]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
     losses = []
     for step, batch in enumerate(batches()):
