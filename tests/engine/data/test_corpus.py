@@ -108,6 +108,7 @@ def test_manifest_figures(corpus: Corpus, tmp_path: Path) -> None:
 def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no complete corpus artifact"):
         open_corpus(tmp_path, 2)
+    (tmp_path / "labels.parquet").write_bytes(b"labels")
     artifact.commit(tmp_path, kind="labels", settings={}, inputs={}, info={}, cost=Cost())
     with pytest.raises(ArtifactError, match="holds a 'labels' artifact, expected 'corpus'"):
         open_corpus(tmp_path, 2)
