@@ -45,10 +45,26 @@ class CorpusConfig:
     """What text is read and which share of the documents goes where."""
 
     inputs: list[str] = field(default_factory=lambda: [SAMPLE])
-    """Files, folders or globs of documents (.json.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), read in the order given; ``sample``
-    stands for the embedded corpus."""
+    """Files, folders or globs of documents (.json.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), read in the order given, local or as
+    fsspec URLs (s3://…, with the package that serves them installed); ``sample`` stands for the embedded corpus."""
     text_field: str = "text"
     """Name of the field or column that holds a document's text."""
+    metadata_fields: list[str] = field(default_factory=lambda: ["url", "timestamp", "source"])
+    """Fields or columns that are kept beside the tokens, in a Parquet row for each document."""
+    on_bad_input: Literal["skip", "fail"] = "skip"
+    """What malformed lines, documents without text and damaged files do: counted by reason, with examples in rejects.jsonl, or an
+    error that names file and line."""
+    empty_documents: Literal["drop", "keep"] = "drop"
+    """Documents without text: counted as dropped, or kept as documents of no tokens, as Megatron's tool does."""
+    max_document_bytes: int = 32 * 2**20
+    """Longest line or document that is read, in bytes; longer ones are bad input. A worker's memory grows with it."""
+    special_token_text: Literal["text", "special"] = "text"
+    """What a literal ``<|endoftext|>`` in a web page becomes: the text that it is, or the special token as in Megatron's tool."""
+    features: list[Literal["length", "hash", "ngrams"]] = field(default_factory=list)
+    """Computed for each document in the same pass and kept in its Parquet row: length (UTF-8 bytes and tokens), hash (XXH3-128 of the
+    text, equal for exact duplicates), ngrams (hashed counts of token unigrams and bigrams, and their totals over the corpus)."""
+    workers: int | None = None
+    """Processes that tokenize; null takes one a core, or one under MPI. The result does not depend on it."""
     sample_bytes: int | None = None
     """Upper bound on the text of the embedded corpus, in bytes; null takes all there is."""
     pool_share: float = 0.05
@@ -62,6 +78,12 @@ class CorpusConfig:
         require(0 <= self.split_seed < 2**64, "corpus.split_seed", self.split_seed, "0 to 2^64 - 1")
         require(len(self.inputs) > 0, "corpus.inputs", self.inputs, "at least one file, folder or glob")
         require(self.text_field != "", "corpus.text_field", self.text_field, "a field name")
+        names = self.metadata_fields
+        require(all(names) and len(set(names)) == len(names), "corpus.metadata_fields", names, "different field names")
+        require(self.text_field not in names, "corpus.metadata_fields", names, "fields other than corpus.text_field")
+        require(len(set(self.features)) == len(self.features), "corpus.features", self.features, "each feature once")
+        require(1024 <= self.max_document_bytes <= 2**30, "corpus.max_document_bytes", self.max_document_bytes, "1024 to 2^30 bytes")
+        require(self.workers is None or 1 <= self.workers <= 4096, "corpus.workers", self.workers, "null or 1 to 4096 processes")
         require(0 < self.pool_share < 1, "corpus.pool_share", self.pool_share, "a share above 0 and below 1")
         require(0 < self.holdout_share < 1, "corpus.holdout_share", self.holdout_share, "a share above 0 and below 1")
         require(

@@ -6,7 +6,6 @@ launcher says in MATES_WORLD_SIZE how many ranks it promised, and in MATES_PAREN
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import sys
@@ -16,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 PROMISED_WORLD_SIZE = "MATES_WORLD_SIZE"
 PARENT = "MATES_PARENT"
-WORKERS_LOCK = ".workers.lock"
 
 
 class LaunchError(RuntimeError):
@@ -140,11 +138,3 @@ def _follow_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="follow-parent").start()
-
-
-def hold_worker_lock(run_dir: Path) -> IO[bytes]:
-    """Mark the run as having a working process; the kernel takes the mark away with the process. Keep the handle."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = (run_dir / WORKERS_LOCK).open("ab")
-    fcntl.flock(handle, fcntl.LOCK_SH)
-    return handle

@@ -103,13 +103,13 @@ def _tokens_found(recipe: Recipe) -> tuple[int | None, bool]:
         return int(artifact.load(directory, "corpus").info["tokens"]), False
     if SAMPLE in recipe.corpus.inputs:
         return None, True
-    from mates.preprocess.readers import InputError, find_inputs
+    from mates.preprocess.inputs import InputError, find_inputs
 
     try:
         files = find_inputs(recipe.corpus.inputs)
     except InputError:
         return None, True
-    text = sum(path.stat().st_size * (1.0 if path.suffix in (".json", ".jsonl") else COMPRESSION) for path in files)
+    text = sum(file.bytes * (1.0 if file.name.endswith((".json", ".jsonl")) else COMPRESSION) for file in files)
     train = 1 - recipe.corpus.pool_share - recipe.corpus.holdout_share
     return int(text * train / TEXT_BYTES_PER_TOKEN), True
 

@@ -40,6 +40,10 @@ class Progress:
             left = (self._total - self._done) / rate if rate else 0.0
             say(f"{self._label}: {self._done:,}/{self._total:,} {self._unit}s, {left:.0f} s left" + (f", {note}" if note else ""))
 
+    def reach(self, done: int, note: str = "") -> None:
+        """Tell that ``done`` units in all are finished."""
+        self.add(done - self._done, note)
+
     def __enter__(self) -> Progress:
         return self
 

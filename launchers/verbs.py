@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jsonargparse
 
@@ -36,8 +36,11 @@ def user_errors() -> tuple[type[Exception], ...]:
     from mates.engine.distributed import LaunchError
     from mates.launchers.local import StepFailedError
     from mates.preprocess.artifact import ArtifactError
-    from mates.preprocess.readers import InputError
+    from mates.preprocess.corpus import CorpusError
+    from mates.preprocess.inputs import InputError
+    from mates.preprocess.ranks import RanksError
     from mates.preprocess.tokenizer import TokenizerError
+    from mates.preprocess.workers import WorkerDiedError
 
     errors: list[type[Exception]] = [
         ArtifactError,
@@ -47,6 +50,9 @@ def user_errors() -> tuple[type[Exception], ...]:
         StepFailedError,
         LaunchError,
         RunBusyError,
+        CorpusError,
+        RanksError,
+        WorkerDiedError,
     ]
     return tuple(errors)
 
@@ -71,13 +77,36 @@ def data_step(name: str, recipe: Recipe) -> None:
     """Run one of the data steps."""
     from mates.engine.data import steps
 
+    if name == "preprocess":
+        _preprocess(recipe)
+        return
     work: dict[str, Callable[[Recipe], Any]] = {
         "sample-corpus": steps.sample_corpus_step,
         "tokenizer": steps.tokenizer_step,
-        "preprocess": steps.preprocess_step,
         "reference": steps.reference_step,
     }
     work[name](recipe)
+
+
+def _preprocess(recipe: Recipe) -> None:
+    """As one of however many ranks mpirun or srun started. What is wrong is said by the first; all end with its exit code."""
+    from mates.engine.data.steps import preprocess_step
+    from mates.preprocess.ranks import MpiRanks, find_ranks
+
+    ranks = find_ranks()
+    if not isinstance(ranks, MpiRanks):
+        preprocess_step(recipe)
+        return
+    try:
+        preprocess_step(recipe, ranks)
+    except user_errors() as error:
+        if ranks.rank == 0:
+            raise
+        raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
+    except BaseException:
+        traceback.print_exc()
+        ranks.abort()
+        raise
 
 
 def _sample_corpus(arguments: list[str]) -> int:
@@ -146,8 +175,9 @@ def stage_step(name: str, recipe: Recipe, method: str, stage: int) -> None:
         select_stage(recipe, method, stage)
         return
     from mates.engine import distributed
+    from mates.preprocess.workers import hold_worker_lock
 
-    lock = distributed.hold_worker_lock(recipe.path())
+    lock = hold_worker_lock(recipe.path())
     world = distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
     try:
         _stage_work(name)(recipe, world, method, stage)
@@ -245,22 +275,17 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 
 def check_paths(recipe: Recipe) -> None:
     """Refuse files that are not there before the hours of work that come before their use."""
-    from mates.preprocess.readers import find_inputs
-    from mates.preprocess.tokenizer import load_tokenizer
+    from mates.preprocess.inputs import find_inputs
+    from mates.preprocess.tokenizer import load_tokenizer, looks_like_path
 
     find_inputs([item for item in recipe.corpus.inputs if item != SAMPLE])
     source = recipe.reference.source
     require(source == SAMPLE or Path(source).is_file(), "reference.source", source, "a file that is there")
     if recipe.tokenizer.path is not None and looks_like_path(recipe.tokenizer.path):
-        load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document)
+        load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document, recipe.corpus.special_token_text)
     encoder = recipe.fit.encoder
     if encoder is not None and looks_like_path(encoder):
         require((Path(encoder) / "config.json").is_file(), "fit.encoder", encoder, "a Hugging Face folder with a config.json")
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether a tokenizer or encoder is named by a path rather than on the model hub (``owner/name`` or ``name``)."""
-    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def check_sizes(recipe: Recipe) -> None:
@@ -283,29 +308,16 @@ def check_sizes(recipe: Recipe) -> None:
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run's folder: one ``mates run`` at a time, and none while processes of an earlier one are still ending."""
-    from mates.engine.distributed import WORKERS_LOCK
+    from mates.preprocess.workers import WORKERS_LOCK, try_lock
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / RUN_LOCK).open("ab") as own, (run_dir / WORKERS_LOCK).open("ab") as workers:
-        if not _try_lock(own, 0):
+    with (run_dir / RUN_LOCK).open("ab") as own:
+        if not try_lock(own, 0):
             raise RunBusyError(f"{run_dir}: another `mates run` is working here; wait for it, or choose another run_dir")
-        if not _try_lock(workers, 60):
-            raise RunBusyError(f"{run_dir}: processes of an earlier run are still working here; end them first")
-        fcntl.flock(workers, fcntl.LOCK_UN)
+        with (run_dir / WORKERS_LOCK).open("ab") as workers:
+            if not try_lock(workers, 60):
+                raise RunBusyError(f"{run_dir}: processes of an earlier run are still working here; end them first")
         yield
-
-
-def _try_lock(handle: IO[bytes], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.2)
-        else:
-            return True
 
 
 # --- telling -------------------------------------------------------------------------------------------------------
@@ -336,7 +348,7 @@ def _plan(arguments: list[str]) -> int:
     require(0 < extra["utilisation"] <= 1, "--utilisation", extra["utilisation"], "above 0 and at most 1")
     require(extra["devices"] >= 1, "--devices", extra["devices"], "at least 1")
     from mates.engine.plan import Device, describe
-    from mates.preprocess.readers import InputError
+    from mates.preprocess.inputs import InputError
     from mates.preprocess.tokenizer import TokenizerError
 
     try:
@@ -351,13 +363,20 @@ def _plan(arguments: list[str]) -> int:
 def _inspect(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mates inspect", description="Explain any artifact, and verify every byte of it.")
     parser.add_argument("path", type=Path, help="an artifact's folder or a file in it, or a folder of artifacts such as a run")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="hash every byte and compare with the manifest, on all cores; --no-verify checks sizes and formats only",
+    )
     from mates.engine.inspect import artifacts_below, describe
     from mates.preprocess.artifact import ArtifactError
 
+    given = parser.parse_args(arguments)
     damaged = 0
-    for directory in artifacts_below(parser.parse_args(arguments).path):
+    for directory in artifacts_below(given.path):
         try:
-            print("\n".join(describe(directory)))
+            print("\n".join(describe(directory, verify=given.verify)))
         except ArtifactError as error:
             damaged += 1
             print(f"{directory}: DAMAGED\n  {error}")

@@ -12,16 +12,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+CHECKSUM = "manifest_sha256"
 
 Json = Any  # what json.loads returns; narrowed where it is read
 
@@ -32,6 +37,15 @@ class ArtifactError(ValueError):
 
 class ArtifactMismatchError(ArtifactError):
     """A complete artifact stands where another was asked for: made from other inputs or with other settings."""
+
+
+class DiskFullError(ArtifactError):
+    """A file could not be written for want of space; what stood there before is untouched."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an operating-system error says that the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +60,37 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """Size in bytes and SHA-256 (hex) of one file of an artifact."""
+    """Size in bytes and SHA-256 (hex) of one file of an artifact.
+
+    A file that several processes wrote in sections is never hashed from end to end: ``sections`` holds the bytes and SHA-256 of
+    each, in order, and ``sha256`` is then the hash of their digests one after the other. So hashing and verifying run in parallel.
+    """
 
     bytes: int
     sha256: str
+    sections: tuple[tuple[int, str], ...] = ()
+
+    @classmethod
+    def of_sections(cls, sections: Iterable[tuple[int, str]]) -> FileRecord:
+        """The record of a file from (bytes, SHA-256) of its sections; empty ones count for nothing."""
+        kept = tuple((size, digest) for size, digest in sections if size)
+        total = sum(size for size, _ in kept)
+        if len(kept) == 1:
+            return cls(bytes=total, sha256=kept[0][1])
+        return cls(bytes=total, sha256=hashlib.sha256(b"".join(bytes.fromhex(digest) for _, digest in kept)).hexdigest(), sections=kept)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Json]) -> FileRecord:
+        """What a manifest says of a file. TypeError, ValueError or KeyError where it says something else."""
+        sections = tuple((int(size), str(digest)) for size, digest in raw.get("sections", ()))
+        record = cls(bytes=int(raw["bytes"]), sha256=str(raw["sha256"]), sections=sections)
+        if sections and (len(sections) == 1 or cls.of_sections(sections) != record):
+            raise ValueError("sections do not add up")
+        return record
+
+    def as_json(self) -> dict[str, Json]:
+        """For the manifest."""
+        return {"bytes": self.bytes, "sha256": self.sha256} | ({"sections": self.sections} if self.sections else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,9 +140,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             free = shutil.disk_usage(path.parent).free
-            raise ArtifactError(
+            raise DiskFullError(
                 f"{path}: the disk is full ({free:,} bytes free); nothing was changed. Make space and run the step again."
             ) from error
         raise
@@ -116,6 +157,14 @@ def write_json(path: Path, value: Json) -> None:
     data = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     with atomic_file(path) as handle:
         handle.write(data.encode())
+
+
+def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
+    """Write an array as ``.npy``, atomically."""
+    buffer = io.BytesIO()  # straight into a file, numpy would report a full disk by an error without a number
+    np.save(buffer, array, allow_pickle=False)
+    with atomic_file(path) as handle:
+        handle.write(buffer.getbuffer())
 
 
 def read_json(path: Path) -> Json:
@@ -155,6 +204,7 @@ def commit(
     cost: Cost,
     files: Iterable[str] | None = None,
     identity: Iterable[str] | None = None,
+    hashed: Mapping[str, FileRecord] | None = None,
 ) -> Manifest:
     """Hash the artifact's files and write its manifest, which makes it exist.
 
@@ -166,11 +216,15 @@ def commit(
         files: paths relative to ``directory``; all files below it by default.
         identity: the files whose contents make up the fingerprint; all of ``files`` by default. A checkpoint names its
             weights and moments here, because pickled files differ between equal checkpoints.
+        hashed: records of files that were hashed and made durable while they were written; these are not read again.
     """
     names = sorted(files) if files is not None else sorted(_files_below(directory))
     records = {}
     for name in names:
         path = directory / name
+        if hashed and name in hashed:
+            records[name] = hashed[name]
+            continue
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
         records[name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
@@ -184,7 +238,9 @@ def commit(
         files=records,
         cost=cost,
     )
-    write_json(directory / MANIFEST_NAME, asdict(manifest))
+    files_json = {name: record.as_json() for name, record in records.items()}
+    content = normalise(asdict(manifest) | {"files": files_json})
+    write_json(directory / MANIFEST_NAME, content | {CHECKSUM: fingerprint_of(content)})
     return manifest
 
 
@@ -207,18 +263,21 @@ def load(directory: Path, kind: str | None = None) -> Manifest:
         wanted = f"{kind} " if kind else ""
         raise ArtifactError(f"{directory}: no complete {wanted}artifact here ({MANIFEST_NAME} is missing); run the step that makes it")
     raw = read_json(path)
+    if isinstance(raw, dict) and raw.get("format", FORMAT) != FORMAT:
+        raise ArtifactError(f"{path}: format {raw['format']!r}, this version reads {FORMAT}")
     try:
+        checksum = raw.pop(CHECKSUM)
         manifest = Manifest(
             kind=raw["kind"],
             fingerprint=raw["fingerprint"],
             settings=raw["settings"],
             inputs=raw["inputs"],
             info=raw["info"],
-            files={name: FileRecord(**record) for name, record in raw["files"].items()},
+            files={name: FileRecord.from_json(record) for name, record in raw["files"].items()},
             cost=Cost(**raw["cost"]),
             format=raw["format"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"{path}: not a manifest of this program ({error!r})") from error
     if not (isinstance(manifest.kind, str) and isinstance(manifest.fingerprint, str) and manifest.files):
         raise ArtifactError(f"{path}: not a manifest of this program (kind, fingerprint or files are missing)")
@@ -226,8 +285,8 @@ def load(directory: Path, kind: str | None = None) -> Manifest:
         raise ArtifactError(f"{path}: not a manifest of this program (settings, inputs and info are JSON objects)")
     if not all(isinstance(value, int | float) for value in (manifest.cost.flops, manifest.cost.seconds, manifest.cost.tokens)):
         raise ArtifactError(f"{path}: not a manifest of this program (cost holds numbers)")
-    if manifest.format != FORMAT:
-        raise ArtifactError(f"{path}: format {manifest.format}, this version reads {FORMAT}")
+    if checksum != fingerprint_of(raw):
+        raise ArtifactError(f"{path}: was changed after it was written (its {CHECKSUM} does not fit); remove {directory} to make it anew")
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{directory}: holds a {manifest.kind!r} artifact, expected {kind!r}")
     for name, record in manifest.files.items():
@@ -244,13 +303,31 @@ def load(directory: Path, kind: str | None = None) -> Manifest:
 
 
 def verify(directory: Path, kind: str | None = None) -> Manifest:
-    """:func:`load`, and also hash every file against the manifest. ArtifactError names the first file that differs."""
+    """:func:`load`, and also hash every file against the manifest, on all cores. ArtifactError names the first file that differs."""
     manifest = load(directory, kind)
+    pieces: list[tuple[Path, int, int, str]] = []
     for name, record in manifest.files.items():
-        found = sha256_file(directory / name)
-        if found != record.sha256:
-            raise ArtifactError(f"{directory / name}: SHA-256 {found}, the manifest says {record.sha256}; the file was changed")
+        start = 0
+        for size, digest in record.sections or ((record.bytes, record.sha256),):
+            pieces.append((directory / name, start, size, digest))
+            start += size
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 32)) as pool:
+        digests = pool.map(lambda piece: _sha256_range(*piece[:3]), pieces)
+        for (path, start, size, expected), found in zip(pieces, digests, strict=True):
+            if found != expected:
+                where = "" if size == path.stat().st_size else f" of bytes {start} to {start + size}"
+                raise ArtifactError(f"{path}: SHA-256 {found}{where}, the manifest says {expected}; the file was changed")
     return manifest
+
+
+def _sha256_range(path: Path, start: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        handle.seek(start)
+        while size and (data := handle.read(min(size, 1 << 20))):
+            digest.update(data)
+            size -= len(data)
+    return digest.hexdigest()
 
 
 def find_complete(directory: Path, *, kind: str, settings: Mapping[str, Json], inputs: Mapping[str, str]) -> Manifest | None:

@@ -1,237 +1,491 @@
-"""The preprocess step: documents in, three indexed corpora out (train, pool and holdout), no document in two of them."""
+"""The preprocess step: documents in, three indexed corpora out (train, pool and holdout), no document in two of them.
+
+Inputs are cut into parts. Processes and MPI ranks tokenize parts in any order (:mod:`.parts`), then place them in the corpora
+(:mod:`.join`). A killed run leaves finished parts behind and the next one continues with the others; the bytes of the result depend
+on the inputs and settings alone.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import os
+import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mates.preprocess import artifact
-from mates.preprocess.artifact import Cost, Manifest
-from mates.preprocess.indexed import IndexedWriter, token_dtype
-from mates.preprocess.readers import Document, Dropped, InputError, read_documents
-from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
+from mates.preprocess.artifact import Cost, DiskFullError, FileRecord, Manifest
+from mates.preprocess.encode import EngineDifferenceError, choose_engine, open_engine
+from mates.preprocess.features import NGRAM_BUCKETS
+from mates.preprocess.indexed import IndexLayout, token_dtype
+from mates.preprocess.inputs import InputError, InputFile
+from mates.preprocess.join import TOKENS_NAME, JoinedCorpus, Joiner, Placement, metadata_name, places
+from mates.preprocess.ledger import REJECTS_NAME, make_ledgers, refuse_empty, write_rejects
+from mates.preprocess.parts import SPLITS, Part, PartFiles, PartRecord, PartSettings, PartWriter, SplitShares, read_record
+from mates.preprocess.ranks import Alone, Ranks, on_all, on_first
+from mates.preprocess.readers import PartReader, ReadOptions, parts_of, read_texts
+from mates.preprocess.tokenizer import SpecialTokenText, open_tokenizer
+from mates.preprocess.workers import WORKERS_LOCK, Stop, for_each, hold_worker_lock, try_lock
 
-SPLITS = ("train", "pool", "holdout")
-TOKENS_NAME = "tokens"  # the prefix of .bin and .idx inside a corpus folder
-BATCH_DOCUMENTS = 512
-METADATA_ROWS = 65_536
-METADATA_SCHEMA = pa.schema([("url", pa.string()), ("timestamp", pa.string()), ("source", pa.string())])
+__all__ = ["SPLITS", "TOKENS_NAME", "CorpusError", "CorpusSettings", "SplitShares", "make_corpora", "texts_of"]
+
+PART_BYTES = 256 << 20
+FORMAT = 1  # of the folder of unfinished work
+FIRST_DOCUMENTS = 64  # compared with the reference library before anything is written
+NGRAMS_NAME = "ngram_counts.npy"
+
+EngineName = Literal["fastokens", "library"]
+Say = Callable[[str], None]
+Progress = Callable[[int, str], None]
+
+
+class CorpusError(RuntimeError):
+    """Another process makes the same corpora."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitShares:
-    """Which share of documents goes to the pool and the holdout corpus; the rest is trained on."""
+class CorpusSettings(PartSettings):
+    """What is made of the documents.
 
-    pool: float
-    holdout: float
-    seed: int
+    ``special_token_text`` says what text that spells a special token (a literal ``<|endoftext|>`` in a web page) becomes: the
+    ``text`` that it is, or the ``special`` id as in Megatron's tool.
+    """
 
-    def split_of(self, text: str) -> str:
-        """The corpus of a document, from a hash of its text keyed by the seed: equal texts go to the same one."""
-        key = self.seed.to_bytes(8, "little")
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=key, person=b"mates-split").digest()
-        position = int.from_bytes(digest, "little") / 2**64
-        if position < self.pool:
-            return "pool"
-        return "holdout" if position < self.pool + self.holdout else "train"
-
-
-@dataclass(kw_only=True)
-class FileLedger:
-    """What became of one input file's documents."""
-
-    path: str
-    bytes: int
-    sha256: str
-    documents: int = 0
-    written: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
+    special_token_text: SpecialTokenText = "text"
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest; checks that no document is unaccounted for."""
-        assert self.documents == self.written.total() + self.dropped.total(), "the ledger must balance"
-        return {
-            "path": self.path,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "documents": self.documents,
-            "written": dict(self.written),
-            "dropped": dict(self.dropped),
-        }
+        """For manifests."""
+        reading = asdict(self.reading)
+        shares = {"pool_share": self.shares.pool, "holdout_share": self.shares.holdout, "split_seed": self.shares.seed}
+        return reading | shares | {"features": list(self.features), "special_token_text": self.special_token_text}
 
 
-class _SplitWriter:
-    """One corpus being written: tokens and, beside them, where each document came from."""
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One call of :func:`make_corpora`, the same on all ranks."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, stack: ExitStack) -> None:
-        self.tokens = stack.enter_context(IndexedWriter(directory / TOKENS_NAME, token_dtype(tokenizer.vocab_size)))
-        self._metadata_handle = stack.enter_context(artifact.atomic_file(directory / "documents.parquet"))
-        self._rows: list[dict[str, str | None]] = []
-        self._metadata = stack.enter_context(pq.ParquetWriter(self._metadata_handle, METADATA_SCHEMA))
+    directory: Path
+    tokenizer_dir: Path
+    settings: CorpusSettings
+    inputs: list[InputFile]
+    parts: list[Part]
+    asked: dict[str, Any]
+    parents: dict[str, str]
+    vocab_size: int
+    end_of_document: int
+    workers: int
+    ranks: Ranks
+    progress: Progress
+    say: Say
 
-    def write(self, documents: list[Document], ids: list[np.ndarray[Any, np.dtype[np.int64]]]) -> None:
-        lengths = np.array([len(item) for item in ids], np.int64)
-        self.tokens.write(np.concatenate(ids), lengths)
-        self._rows.extend({name: getattr(document, name) for name in METADATA_SCHEMA.names} for document in documents)
-        if len(self._rows) >= METADATA_ROWS:
-            self.flush()
+    @property
+    def folder(self) -> Path:
+        """Unfinished work. Its name is a hash of all it depends on, so that other settings never meet it."""
+        plan = [FORMAT, self.asked, self.parents, [[part.file.name, part.file.bytes, part.index, part.of] for part in self.parts]]
+        return self.directory / f"unfinished-{artifact.fingerprint_of(artifact.normalise(plan))[:16]}"
 
-    def flush(self) -> None:
-        """Write the rows held back: a row group a batch would be mostly headers."""
-        self._metadata.write_table(pa.Table.from_pylist(self._rows, schema=METADATA_SCHEMA))
-        self._rows.clear()
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.settings.shares.splits
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process does everything itself."""
+        return self.workers * self.ranks.size == 1
+
+    def mine(self) -> list[Part]:
+        """The parts of this rank: largest first, each to the rank with the fewest bytes."""
+        load = [0.0] * self.ranks.size
+        chosen = []
+        for part in sorted(self.parts, key=lambda part: (-part.file.bytes / part.of, part.number)):
+            rank = load.index(min(load))
+            load[rank] += part.file.bytes / part.of + 1
+            if rank == self.ranks.rank:
+                chosen.append(part)
+        return sorted(chosen, key=lambda part: part.number)
 
 
 def make_corpora(
     directory: Path,
     *,
-    inputs: list[Path],
-    text_field: str,
-    shares: SplitShares,
+    inputs: list[InputFile],
+    settings: CorpusSettings,
     tokenizer_dir: Path,
+    workers: int = 1,
+    part_bytes: int = PART_BYTES,
+    ranks: Ranks | None = None,
     origin: str | None = None,
-    progress: Callable[[int, str], None] = lambda done_bytes, text: None,
+    progress: Progress = lambda done_bytes, text: None,
+    say: Say = lambda text: None,
 ) -> dict[str, Manifest]:
-    """Tokenize documents into ``directory``/train, /pool and /holdout.
+    """Tokenize documents into ``directory``/train, /pool and /holdout. Called by all ranks alike.
 
     Args:
-        directory: where the three corpora go.
+        directory: where the corpora go, shared by all ranks.
         inputs: files, read in order.
-        text_field: field or column of the text.
-        shares: which documents go where.
+        settings: how documents are read and divided. A share of 0 leaves that corpus out.
         tokenizer_dir: a tokenizer artifact.
+        workers: processes of each rank. part_bytes: size of the parts that large uncompressed and Parquet files are cut in.
+        ranks: the MPI ranks that work together, from :func:`.ranks.find_ranks`.
         origin: fingerprint of what wrote the inputs, where that is known (the sample corpus); files are otherwise recognised by
             path and size, and their SHA-256 is recorded.
-        progress: told the bytes of finished inputs and a line of text.
+        progress: told the bytes of finished inputs and a line of text. say: told what a user must see.
 
     Returns:
-        The three manifests by split; at once where all three are complete and fit.
+        The manifests by split; at once where all are complete and fit.
 
     Raises:
-        InputError: a damaged input, or one of the three corpora would be empty.
-        artifact.ArtifactMismatchError: corpora of other inputs or settings stand there.
+        InputError: a damaged input where it is not to be skipped, or one of the corpora would be empty.
+        ArtifactMismatchError: corpora of other inputs or settings stand there. DiskFullError: with the bytes that are missing.
+        CorpusError: another process makes them. workers.WorkerDiedError: a process was killed.
     """
-    tokenizer, tokenizer_manifest = open_tokenizer(tokenizer_dir)
-    settings = {
-        "inputs": origin or [{"path": str(path), "bytes": path.stat().st_size} for path in inputs],
-        "text_field": text_field,
-        "pool_share": shares.pool,
-        "holdout_share": shares.holdout,
-        "split_seed": shares.seed,
+    tokenizer, tokenizer_manifest = open_tokenizer(tokenizer_dir, special_token_text=settings.special_token_text)
+    counted = [(file, index, of) for file in inputs for of in [parts_of(file, part_bytes)] for index in range(of)]
+    job = _Job(
+        directory=directory,
+        tokenizer_dir=tokenizer_dir,
+        settings=settings,
+        inputs=inputs,
+        parts=[Part(number=number, file=file, index=index, of=of) for number, (file, index, of) in enumerate(counted)],
+        asked=settings.as_json() | {"inputs": origin or [{"path": file.name, "bytes": file.bytes} for file in inputs]},
+        parents={"tokenizer": tokenizer_manifest.fingerprint},
+        vocab_size=tokenizer.vocab_size,
+        end_of_document=tokenizer.end_of_document,
+        workers=workers,
+        ranks=ranks or Alone(),
+        progress=progress,
+        say=say,
+    )
+    done = on_first(job.ranks, lambda: _find(job))
+    if len(done) == len(job.splits):
+        return done
+    with _lock(job):
+        _make(job, complete=list(done))
+    return on_all(job.ranks, lambda: _find(job))[job.ranks.rank]
+
+
+def _find(job: _Job) -> dict[str, Manifest]:
+    found = {
+        split: artifact.find_complete(job.directory / split, kind="corpus", settings=job.asked | {"split": split}, inputs=job.parents)
+        for split in job.splits
     }
-    parents = {"tokenizer": tokenizer_manifest.fingerprint}
-    done = {
-        split: artifact.find_complete(directory / split, kind="corpus", settings=settings | {"split": split}, inputs=parents)
-        for split in SPLITS
-    }
-    complete = {split: manifest for split, manifest in done.items() if manifest}
-    if len(complete) == len(SPLITS):
-        return complete
+    return {split: manifest for split, manifest in found.items() if manifest}
+
+
+@contextmanager
+def _lock(job: _Job) -> Iterator[None]:
+    """One job at a time makes these corpora; the kernel takes the lock away with the process that holds it."""
+
+    def take() -> bool:
+        job.directory.mkdir(parents=True, exist_ok=True)
+        handles.append((job.directory / ".lock").open("ab"))
+        handles.append((job.directory / WORKERS_LOCK).open("ab"))
+        if not try_lock(handles[0], 0):
+            raise CorpusError(f"{job.directory}: another process is making these corpora; wait for it, or choose another folder")
+        if not try_lock(handles[1], 60):
+            raise CorpusError(f"{job.directory}: processes of an earlier run are still working here; end them first")
+        handles.pop().close()
+        return True
+
+    handles: list[Any] = []
+    try:
+        on_first(job.ranks, take)
+        yield
+    finally:
+        for handle in handles:
+            handle.close()
+
+
+def _make(job: _Job, complete: list[str]) -> None:
     start = time.perf_counter()
+    try:
+        engine, why = on_first(job.ranks, lambda: _prepare(job))
+        records = _tokenize(job, engine)
+        on_first(job.ranks, lambda: refuse_empty(job.splits, job.inputs, records))
+        corpora = _corpora(job, records)
+        if not on_first(job.ranks, lambda: _prepare_join(job, records, corpora, complete)):
+            job.say(f"preprocess: {job.directory} lost files that parts had been joined into; those parts are done again")
+            records = _tokenize(job, engine)
+            on_first(job.ranks, lambda: _prepare_join(job, records, corpora, complete))
+        joining = time.perf_counter()
+        _join(job, records, corpora)
+        seconds = sum(record.seconds for record in records) / (job.workers * job.ranks.size) + time.perf_counter() - joining
+        on_first(job.ranks, lambda: _finish(job, records, corpora, seconds, why))
+    except (DiskFullError, OSError) as error:
+        if isinstance(error, DiskFullError) or artifact.is_disk_full(error):
+            raise _disk_full(job) from error
+        raise
+    job.say(f"preprocess: {time.perf_counter() - start:.1f} s")
+
+
+# --- the folder of unfinished work ---------------------------------------------------------------------------------
+
+
+def _prepare(job: _Job) -> tuple[EngineName, str]:
+    """Make the folder, and say which engine tokenizes and why."""
+    for other in sorted(job.directory.glob("unfinished-*")):
+        if other != job.folder:
+            job.say(f"preprocess: {other} holds unfinished work of other inputs or settings; remove it if it is not needed")
+    job.folder.mkdir(exist_ok=True)
+    for left in job.folder.glob(".*.tmp"):  # of killed processes: the lock says that none is at work
+        left.unlink()
+    if known := _known_difference(_difference_file(job)):
+        return "library", str(known)
+    tokenizer, manifest = open_tokenizer(job.tokenizer_dir, special_token_text=job.settings.special_token_text)
+    choice = choose_engine(tokenizer, Path(manifest.info["file"]))
+    if choice.alarm:
+        _say_difference(job, choice.why)
+    try:
+        open_engine(tokenizer, choice.engine, check_first=True).encode(_first_documents(job))
+    except EngineDifferenceError as error:
+        _note_difference(job, error)
+        return "library", str(error)
+    return choice.engine, choice.why
+
+
+def _first_documents(job: _Job) -> list[str]:
+    """The first few texts; what is wrong with the input is said when it is read in earnest."""
+    try:
+        block = next((block for block in PartReader(job.inputs[0], job.settings.reading) if block.texts), None)
+    except InputError:
+        return []
+    return block.texts[:FIRST_DOCUMENTS] if block else []
+
+
+def _difference_file(job: _Job) -> Path:
+    return job.folder / "difference.json"
+
+
+def _known_difference(path: Path) -> EngineDifferenceError | None:
+    """What made the reference library take over in an earlier attempt, or on another rank."""
+    return EngineDifferenceError(*artifact.read_json(path)) if path.is_file() else None
+
+
+def _note_difference(job: _Job, error: EngineDifferenceError) -> None:
+    artifact.write_json(_difference_file(job), error.args)
+    _say_difference(job, str(error))
+
+
+def _say_difference(job: _Job, difference: str) -> None:
+    job.say(f"preprocess: WARNING: the fast tokenizer differs from the reference library, which takes over (slower): {difference}")
+
+
+def _disk_full(job: _Job) -> DiskFullError:
+    """How much space the rest needs, by what the finished parts took."""
+    done = [(part, record) for part in job.parts if (record := _record(job, part, None)) is not None]
+    itemsize = token_dtype(job.vocab_size).itemsize
+    written = sum(
+        split.tokens * itemsize + split.documents * 24 + split.metadata_bytes for _, record in done for split in record.splits.values()
+    )
+    read = sum(part.file.bytes / part.of for part, _ in done)
+    # before anything is done: about 4.4 bytes of text a token, and compressed text unfolds to some 2.7 times its size
+    ratio = written / read if read else itemsize * (1.2 if job.inputs[0].name.endswith((".gz", ".zst")) else 0.5) / 2
+    left = sum(part.file.bytes / part.of for part in job.parts) - read
+    free = shutil.disk_usage(job.directory).free
+    needed = max(int(ratio * left), sum(split.documents * 20 for _, record in done for split in record.splits.values()), 1 << 20)
+    return DiskFullError(
+        f"{job.directory}: the disk is full: {free:,} bytes free, about {needed:,} are needed for the {len(job.parts) - len(done)} of "
+        f"{len(job.parts)} parts that are left and for joining. What is finished is kept; make space and run the same command again"
+    )
+
+
+def _record(job: _Job, part: Part, engine: str | None) -> PartRecord | None:
+    return read_record(PartFiles(job.folder, part.number), part, engine)
+
+
+# --- tokenizing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _MakeWriter:
+    """Makes the function that a worker process does parts with; picklable."""
+
+    folder: Path
+    settings: CorpusSettings
+    tokenizer_dir: Path
+    engine: EngineName
+    vocab_size: int
+    end_of_document: int
+    difference: Path = field(kw_only=True)
+    alone: bool = field(kw_only=True)
+    told: Callable[[int], None] | None = field(default=None, kw_only=True)
+
+    def __call__(self, stop: Stop) -> Callable[[Part], PartRecord]:
+        if not self.alone:  # as many processes as cores: threads of the libraries would only be in each other's way
+            os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+        tokenizer, _ = open_tokenizer(self.tokenizer_dir, special_token_text=self.settings.special_token_text)
+        engine = open_engine(tokenizer, self.engine)
+        writer = PartWriter(self.folder, self.settings, engine, vocab_size=self.vocab_size, end_of_document=self.end_of_document, stop=stop)
+        told = self.told or (lambda documents: None)
+
+        mark = None if self.alone else hold_worker_lock(self.folder.parent)
+
+        def work(part: Part) -> PartRecord:
+            assert mark is None or not mark.closed
+            if engine.name != "library" and (known := _known_difference(self.difference)):
+                raise known  # another rank's
+            return writer(part, told)
+
+        return work
+
+
+def _tokenize(job: _Job, engine: EngineName) -> list[PartRecord]:
+    """All parts' records, after doing those that are not done."""
+    try:
+        gathered = on_all(job.ranks, lambda: _tokenize_mine(job, engine))
+    except EngineDifferenceError as error:
+        found = error
+        on_first(job.ranks, lambda: _note_difference(job, found))
+        gathered = on_all(job.ranks, lambda: _tokenize_mine(job, "library"))
+    return sorted((record for records in gathered for record in records), key=lambda record: record.number)
+
+
+def _tokenize_mine(job: _Job, engine: EngineName) -> list[PartRecord]:
+    records: list[PartRecord] = []
+    todo: list[Part] = []
+    finished_bytes = 0.0
+    for part in job.mine():
+        record = _record(job, part, engine)
+        if record is None:
+            todo.append(part)
+        else:
+            records.append(record)
+            finished_bytes += part.file.bytes / part.of
+    size_of = {part.number: part.file.bytes / part.of for part in todo}
+
+    def done(record: PartRecord) -> None:
+        nonlocal finished_bytes
+        records.append(record)
+        finished_bytes += size_of[record.number]
+        job.progress(int(finished_bytes), f"{Path(record.file).name}: {record.documents:,} documents")
+
+    make = _MakeWriter(
+        job.folder,
+        job.settings,
+        job.tokenizer_dir,
+        engine,
+        job.vocab_size,
+        job.end_of_document,
+        difference=_difference_file(job),
+        alone=job.alone,
+        told=(lambda documents: job.progress(int(finished_bytes), f"{documents:,} documents")) if job.workers == 1 else None,
+    )
+    try:
+        for_each(todo, make, workers=job.workers, done=done)
+    except EngineDifferenceError as error:
+        artifact.write_json(_difference_file(job), error.args)  # the other ranks need not go on
+        raise
+    return records
+
+
+# --- joining -------------------------------------------------------------------------------------------------------
+
+
+def _corpora(job: _Job, records: Sequence[PartRecord]) -> dict[str, JoinedCorpus]:
+    corpora = {}
+    for split in job.splits:
+        total = places(records, split)[-1]
+        layout = IndexLayout(dtype=token_dtype(job.vocab_size), sequences=total.sequence, documents=total.document)
+        corpora[split] = JoinedCorpus(directory=job.directory / split, layout=layout, tokens=total.token)
+    return corpora
+
+
+def _prepare_join(job: _Job, records: Sequence[PartRecord], corpora: Mapping[str, JoinedCorpus], complete: list[str]) -> bool:
+    """Make the files that parts are placed in. False where parts had been placed in files that are gone: these are to be redone."""
     for split in complete:
-        artifact.unmake(directory / split)
-    with ExitStack() as stack:
-        writers = {split: _SplitWriter(directory / split, tokenizer, stack) for split in SPLITS}
-        ledgers = _write_all(inputs, text_field, shares, tokenizer, writers, progress)
-        for writer in writers.values():
-            writer.flush()
-        tokens = {split: writer.tokens.tokens for split, writer in writers.items()}
-        documents = {split: writer.tokens.documents for split, writer in writers.items()}
-        _refuse_empty(documents, inputs, ledgers)
-    seconds = time.perf_counter() - start
-    info = {
-        "tokenizer": {"vocab_size": tokenizer.vocab_size, "end_of_document": tokenizer.end_of_document},
-        "special_token_text": "encoded as text",
-        "dtype": str(token_dtype(tokenizer.vocab_size)),
-        "input_files": [ledger.as_json() for ledger in ledgers],
-    }
-    return {
-        split: artifact.commit(
-            directory / split,
-            kind="corpus",
-            settings=settings | {"split": split},
-            inputs=parents,
-            info=info | {"documents": documents[split], "tokens": tokens[split]},
-            identity=[f"{TOKENS_NAME}.bin", f"{TOKENS_NAME}.idx"],
-            # one pass makes all three; its time is divided by tokens so that sums over artifacts are right
-            cost=Cost(seconds=seconds * tokens[split] / max(1, sum(tokens.values())), tokens=tokens[split]),
+        artifact.unmake(job.directory / split)
+    joined = [record for record in records if record.joined]
+    if not joined:
+        for corpus in corpora.values():
+            corpus.prepare()
+        return True
+    if all(corpus.holds(all_joined=len(joined) == len(records)) for corpus in corpora.values()):
+        return True
+    for record in joined:
+        PartFiles(job.folder, record.number).record.unlink()
+    return False
+
+
+@dataclass(frozen=True)
+class _MakeJoiner:
+    folder: Path
+    corpora: Mapping[str, JoinedCorpus]
+    alone: bool
+
+    def __call__(self, stop: Stop) -> Callable[[Placement], PartRecord]:
+        return Joiner(self.folder, self.corpora, None if self.alone else hold_worker_lock(self.folder.parent))
+
+
+def _join(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorpus]) -> None:
+    at = {split: places(records, split) for split in corpora}
+    mine = {part.number for part in job.mine()}
+    todo = [
+        Placement(record=record, parts=len(records), at={split: at[split][number] for split in corpora})
+        for number, record in enumerate(records)
+        if record.number in mine and not record.joined
+    ]
+    on_all(job.ranks, partial(for_each, todo, _MakeJoiner(job.folder, corpora, job.alone), workers=job.workers, done=lambda record: None))
+
+
+def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorpus], seconds: float, why: str) -> None:
+    ledgers = make_ledgers(job.parts, records)
+    write_rejects(job.directory / REJECTS_NAME, job.parts, records)
+    total = sum(corpus.tokens for corpus in corpora.values())
+    engines = sorted({record.engine for record in records})
+    for split, corpus in corpora.items():
+        hashed = {
+            metadata_name(number, len(records)): FileRecord(bytes=part.metadata_bytes, sha256=part.metadata_sha256)
+            for number, part in enumerate(record.splits[split] for record in records)
+            if part.documents
+        }
+        corpus.finish(hashed)
+        itemsize = corpus.layout.dtype.itemsize
+        hashed[corpus.bin.name] = FileRecord.of_sections(
+            (part.splits[split].tokens * itemsize, part.splits[split].sha256) for part in records
         )
-        for split in SPLITS
-    }
+        names = [*hashed, corpus.idx.name]
+        if "ngrams" in job.settings.features:
+            _write_ngrams(job, split, records)
+            names.append(NGRAMS_NAME)
+        artifact.commit(
+            corpus.directory,
+            kind="corpus",
+            settings=job.asked | {"split": split},
+            inputs=job.parents,
+            info={
+                "tokenizer": {"vocab_size": job.vocab_size, "end_of_document": job.end_of_document},
+                "engine": {"name": engines[0], "why": why},
+                "dtype": str(corpus.layout.dtype),
+                "documents": corpus.layout.documents,
+                "sequences": corpus.layout.sequences,
+                "tokens": corpus.tokens,
+                "input_files": ledgers,
+            },
+            files=names,
+            identity=[corpus.bin.name, corpus.idx.name],
+            hashed=hashed,
+            # one pass makes all corpora; its time is divided by tokens so that sums over artifacts are right
+            cost=Cost(seconds=seconds * corpus.tokens / max(1, total), tokens=corpus.tokens),
+        )
+    shutil.rmtree(job.folder)
 
 
-def _write_all(
-    inputs: list[Path],
-    text_field: str,
-    shares: SplitShares,
-    tokenizer: Tokenizer,
-    writers: dict[str, _SplitWriter],
-    progress: Callable[[int, str], None],
-) -> list[FileLedger]:
-    ledgers, done_bytes = [], 0
-    for path in inputs:
-        ledger = FileLedger(path=str(path), bytes=path.stat().st_size, sha256=artifact.sha256_file(path))
-        ledgers.append(ledger)
-        for batch in _batches(read_documents(path, text_field), BATCH_DOCUMENTS):
-            _write_batch(batch, shares, tokenizer, writers, ledger)
-            progress(done_bytes, f"{path.name}: {ledger.documents:,} documents")
-        done_bytes += ledger.bytes
-        progress(done_bytes, f"{path.name}: {ledger.documents:,} documents, {ledger.dropped.total():,} dropped")
-    return ledgers
+def _write_ngrams(job: _Job, split: str, records: Sequence[PartRecord]) -> None:
+    totals = np.zeros(NGRAM_BUCKETS, np.int64)
+    for record in records:
+        totals += np.load(PartFiles(job.folder, record.number).ngrams(split), allow_pickle=False)
+    artifact.write_array(job.directory / split / NGRAMS_NAME, totals)
 
 
-def _write_batch(
-    batch: list[Document | Dropped],
-    shares: SplitShares,
-    tokenizer: Tokenizer,
-    writers: dict[str, _SplitWriter],
-    ledger: FileLedger,
-) -> None:
-    documents = [row for row in batch if isinstance(row, Document)]
-    ledger.documents += len(batch)
-    ledger.dropped.update(row.reason for row in batch if isinstance(row, Dropped))
-    ends = np.array([tokenizer.end_of_document])
-    encoded = [np.concatenate([ids, ends]) for ids in tokenizer.encode_batch([document.text for document in documents])]
-    split_of = [shares.split_of(document.text) for document in documents]
-    for split, writer in writers.items():
-        chosen = [number for number, name in enumerate(split_of) if name == split]
-        if chosen:
-            writer.write([documents[number] for number in chosen], [encoded[number] for number in chosen])
-            ledger.written[split] += len(chosen)
-
-
-def _batches(rows: Iterable[Document | Dropped], size: int) -> Iterator[list[Document | Dropped]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def _refuse_empty(documents: dict[str, int], inputs: list[Path], ledgers: list[FileLedger]) -> None:
-    for split, count in documents.items():
-        if count == 0:
-            found = sum(ledger.documents for ledger in ledgers)
-            dropped: Counter[str] = sum((ledger.dropped for ledger in ledgers), Counter())
-            share = f"a larger corpus.{split}_share" if split != "train" else "smaller corpus.pool_share and corpus.holdout_share"
-            raise InputError(
-                f"no document for the {split} corpus: {len(inputs)} files from {inputs[0]} on hold {found} documents, "
-                f"dropped {dict(dropped)}. Give more documents, or {share}"
-            )
-
-
-def texts_of(inputs: list[Path], text_field: str, shares: SplitShares) -> Iterator[str]:
+def texts_of(inputs: list[InputFile], reading: ReadOptions, shares: SplitShares) -> Iterator[str]:
     """Texts of the train split's documents, in order: what a tokenizer is trained on."""
-    for path in inputs:
-        for row in read_documents(path, text_field):
-            if isinstance(row, Document) and shares.split_of(row.text) == "train":
-                yield row.text
+    for file in inputs:
+        for text in read_texts(file, reading):
+            if shares.split_of(text) == "train":
+                yield text

@@ -1,7 +1,7 @@
-"""The language model's tokenizer: Hugging Face ``tokenizer.json`` or a sentencepiece ``.model``, taken or trained.
+"""The language model's tokenizer: Hugging Face ``tokenizer.json``, a sentencepiece ``.model`` or vocabulary files, taken or trained.
 
 Text that looks like a special token (a literal ``<|endoftext|>`` in a web page) is encoded as ordinary text, never as the special
-id: only the driver puts end-of-document tokens.
+id: only the driver puts end-of-document tokens. This is the policy "text"; "special" recognises such text, as Megatron's tool does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 HF_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+FORMS = "tokenizer.json, a sentencepiece .model, vocab.json with merges.txt, encoder.json with vocab.bpe, or vocab.txt"
+# Vocabulary files have no list of special tokens; these are the ones of GPT-2 and RoBERTa, and of BERT.
+BPE_SPECIAL = ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>")
+WORDPIECE_SPECIAL = ("[UNK]", "[SEP]", "[CLS]", "[PAD]", "[MASK]")
 
 Ids = npt.NDArray[np.int64]
+SpecialTokenText = Literal["text", "special"]
+"""What a special token's own text in a document is: ordinary text, or that special token."""
 
 
 class TokenizerError(ValueError):
@@ -44,7 +51,7 @@ class Tokenizer(Protocol):
     """Id of the token that ends each document."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of each text: no special tokens are added, none are recognised in the text."""
+        """Token ids of each text: no special tokens are added, and none are recognised in the text unless the policy is "special"."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -53,14 +60,19 @@ class Tokenizer(Protocol):
 class HuggingFaceTokenizer:
     """A tokenizer of the Hugging Face ``tokenizers`` library."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_document: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, end_of_document: str | None = None, special_token_text: SpecialTokenText = "text"
+    ) -> None:
         self.library = tokenizer
-        tokenizer.encode_special_tokens = True  # i.e. encode them as the text they are
+        self.special_token_text = special_token_text
+        tokenizer.encode_special_tokens = special_token_text == "text"  # True: encode them as the text they are
         tokenizer.no_truncation()
         tokenizer.no_padding()
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
         self.end_of_document = _pick_end_of_document(ids, end_of_document)
+        if special_token_text == "special":
+            return
         name = str(tokenizer.id_to_token(self.end_of_document))
         if self.end_of_document in self.encode_batch([name])[0]:  # a token that the file does not call special is found in text
             tokenizer.add_special_tokens([name])
@@ -72,7 +84,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See :class:`Tokenizer`."""
-        return str(self.library.decode([int(item) for item in ids], skip_special_tokens=True))
+        kept = [int(item) for item in ids if item != self.end_of_document]  # which the file may not call special
+        return str(self.library.decode(kept, skip_special_tokens=True))
 
 
 class SentencePieceTokenizer:
@@ -114,42 +127,146 @@ def _refuse_end_of_document_in_text(tokenizer: Tokenizer, name: str) -> None:
         )
 
 
-def load_tokenizer(path: Path, end_of_document: str | None = None) -> Tokenizer:
-    """Load a ``tokenizer.json``, a sentencepiece ``.model``, or a folder that holds one of the two.
+def looks_like_path(name: str) -> bool:
+    """Whether a tokenizer or encoder is named by a path rather than on the model hub (``owner/name`` or ``name``)."""
+    endings = (".json", ".model", ".txt", ".bpe")
+    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(endings)
+
+
+def load_tokenizer(path: Path, end_of_document: str | None = None, special_token_text: SpecialTokenText = "text") -> Tokenizer:
+    """Load a ``tokenizer.json``, a sentencepiece ``.model``, vocabulary files, or a folder that holds one of these.
 
     Raises:
-        TokenizerError: nothing there, an unreadable file, or no end-of-document token.
+        TokenizerError: nothing there, an unreadable file, no end-of-document token, or (policy "text") one that text can make.
     """
-    file = _tokenizer_file(path)
-    if file.suffix == ".json":
-        import tokenizers
+    source = _find_source(path)
+    if source.form == "sentencepiece":
+        if special_token_text == "special":
+            raise TokenizerError(
+                f'corpus.special_token_text: found "special", but {source.file} is a sentencepiece model, which never makes '
+                'control ids of text; set "text"'
+            )
+        return SentencePieceTokenizer(_load_sentencepiece(source.file), end_of_document)
+    return HuggingFaceTokenizer(_load_hugging_face(source), end_of_document, special_token_text)
 
-        try:
-            library = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{file}: not a tokenizer.json of the tokenizers library ({error})") from error
-        return HuggingFaceTokenizer(library, end_of_document)
+
+# --- the forms of tokenizer files ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    form: Literal["hugging face", "sentencepiece", "bpe", "wordpiece"]
+    file: Path
+    beside: Path | None = None
+    """Merges of a BPE vocabulary, or the tokenizer_config.json of a WordPiece vocabulary where there is one."""
+
+
+def _find_source(path: Path) -> _Source:
+    if not path.is_dir():
+        if not path.is_file():
+            raise TokenizerError(f"{path}: no such tokenizer file")
+        return _source_of_file(path)
+    names = (HF_FILE, SENTENCEPIECE_FILE, "*.model", "*vocab.json", "*encoder.json", "*vocab.txt")  # gpt2-vocab.json is Megatron's
+    for candidate in (file for name in names for file in sorted(path.glob(name))):
+        if candidate.is_file():
+            return _source_of_file(candidate)
+    raise TokenizerError(f"{path}: holds none of {FORMS}")
+
+
+def _source_of_file(file: Path) -> _Source:
+    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        for ending in (vocabulary, merges):
+            if file.name.endswith(ending):
+                prefix = file.name.removesuffix(ending)
+                pair = [file.with_name(prefix + item) for item in (vocabulary, merges)]
+                for item in pair:
+                    if not item.is_file():
+                        raise TokenizerError(f"{file}: a BPE vocabulary is two files, and there is no {item}")
+                return _Source(form="bpe", file=pair[0], beside=pair[1])
+    if file.name.endswith("vocab.txt"):
+        config = file.with_name("tokenizer_config.json")
+        return _Source(form="wordpiece", file=file, beside=config if config.is_file() else None)
+    if file.suffix not in (".json", ".model"):
+        raise TokenizerError(f"{file}: unknown form; expected {FORMS}")
+    return _Source(form="hugging face" if file.suffix == ".json" else "sentencepiece", file=file)
+
+
+def _load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
     import sentencepiece
 
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        return sentencepiece.SentencePieceProcessor(model_file=str(file), num_threads=1)  # the driver runs many processes instead
     except (RuntimeError, OSError) as error:
         raise TokenizerError(f"{file}: not a sentencepiece model ({error})") from error
-    return SentencePieceTokenizer(processor, end_of_document)
 
 
-def _tokenizer_file(path: Path) -> Path:
-    if path.is_dir():
-        candidates = [path / HF_FILE, path / SENTENCEPIECE_FILE, *sorted(path.glob("*.model"))]
-        for candidate in candidates:
-            if candidate.is_file():
-                return candidate
-        raise TokenizerError(f"{path}: holds neither {HF_FILE} nor a sentencepiece .model")
-    if not path.is_file():
-        raise TokenizerError(f"{path}: no such tokenizer file")
-    if path.suffix not in (".json", ".model"):
-        raise TokenizerError(f"{path}: unknown form; expected tokenizer.json or a sentencepiece .model")
-    return path
+def _load_hugging_face(source: _Source) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    if source.form == "bpe":
+        return _byte_level_bpe(source)
+    if source.form == "wordpiece":
+        return _wordpiece(source)
+    try:
+        return tokenizers.Tokenizer.from_file(str(source.file))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{source.file}: not a tokenizer.json of the tokenizers library ({error})") from error
+
+
+def _byte_level_bpe(source: _Source) -> tokenizers.Tokenizer:
+    """GPT-2's vocabulary and merges, as ``tokenizers.implementations.ByteLevelBPETokenizer`` reads them."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    try:
+        vocabulary, merges = models.BPE.read_file(str(source.file), str(source.beside))
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{source.file}: not a BPE vocabulary that fits {source.beside} ({error})") from error
+    missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in vocabulary]
+    if missing or any(piece.endswith("</w>") for piece in vocabulary):
+        raise TokenizerError(
+            f"{source.file}: not GPT-2's kind of BPE: found {256 - len(missing)} of the 256 letters that stand for bytes, "
+            f"{'with' if any(piece.endswith('</w>') for piece in vocabulary) else 'without'} </w> pieces; expected 256 and none. "
+            "Give a tokenizer.json"
+        )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([name for name in BPE_SPECIAL if name in vocabulary])
+    return tokenizer
+
+
+def _wordpiece(source: _Source) -> tokenizers.Tokenizer:
+    """BERT's vocabulary, as ``tokenizers.implementations.BertWordPieceTokenizer`` reads it."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    try:
+        with source.file.open(encoding="utf-8") as lines:
+            vocabulary = {line.removesuffix("\n"): number for number, line in enumerate(lines)}
+        config = json.loads(source.beside.read_text(encoding="utf-8")) if source.beside else {}
+    except ValueError as error:
+        raise TokenizerError(f"{source.file}: this file or its tokenizer_config.json cannot be read ({error})") from error
+    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]") if name not in vocabulary]
+    if missing:
+        raise TokenizerError(f"{source.file}: not a WordPiece vocabulary of BERT's kind: it lacks {', '.join(missing)}")
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", _is_lower_case(vocabulary)),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.add_special_tokens([name for name in WORDPIECE_SPECIAL if name in vocabulary])
+    return tokenizer
+
+
+def _is_lower_case(vocabulary: Iterable[str]) -> bool:
+    """No piece has an upper-case letter, [UNK], [unused1] and their like apart."""
+    return all(piece == piece.lower() for piece in vocabulary if not (piece.startswith("[") and piece.endswith("]")))
 
 
 # --- the tokenizer artifact ----------------------------------------------------------------------------------------
@@ -165,25 +282,29 @@ def make_tokenizer(
     end_of_document: str | None,
     texts: Iterable[str],
     inputs: dict[str, str],
+    special_token_text: SpecialTokenText = "text",
 ) -> Manifest:
-    """Make the tokenizer artifact: copied from ``path`` (or fetched by name), or trained on the first ``train_bytes`` of ``texts``."""
+    """Make the tokenizer artifact: copied from ``path`` (or fetched by name), or trained on the first ``train_bytes`` of ``texts``.
+
+    The artifact does not depend on ``special_token_text``, but what is refused does.
+    """
     settings: dict[str, Any] = {"path": path, "end_of_document": end_of_document}
     if path is None:
         settings |= {"kind": kind, "vocab_size": vocab_size, "train_bytes": train_bytes}
     else:
-        inputs = {"file": artifact.sha256_file(_tokenizer_file(Path(path)))} if Path(path).exists() else {}
+        inputs = _checksums(_find_source(Path(path))) if Path(path).exists() else {}
     done = artifact.find_complete(directory, kind="tokenizer", settings=settings, inputs=inputs)
     if done:
         return done
     start = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     if path is not None:
-        name = _take(path, end_of_document, directory)
+        name = _take(path, end_of_document, special_token_text, directory)
     elif kind == "bpe":
         name = _train_bpe(_first_bytes(texts, train_bytes), vocab_size, end_of_document, directory)
     else:
         name = _train_sentencepiece(_first_bytes(texts, train_bytes), vocab_size, directory)
-    tokenizer = load_tokenizer(directory / name, end_of_document)
+    tokenizer = load_tokenizer(directory / name, end_of_document, special_token_text)
     eod_name = _write_hugging_face_config(directory, name, tokenizer)
     return artifact.commit(
         directory,
@@ -200,10 +321,10 @@ def make_tokenizer(
     )
 
 
-def open_tokenizer(directory: Path) -> tuple[Tokenizer, Manifest]:
+def open_tokenizer(directory: Path, *, special_token_text: SpecialTokenText = "text") -> tuple[Tokenizer, Manifest]:
     """Load a tokenizer artifact."""
     manifest = artifact.load(directory, "tokenizer")
-    return load_tokenizer(directory / manifest.info["file"], manifest.settings["end_of_document"]), manifest
+    return load_tokenizer(directory / manifest.info["file"], manifest.settings["end_of_document"], special_token_text), manifest
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -211,14 +332,22 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return [directory / name for name in artifact.load(directory, "tokenizer").files]
 
 
-def _take(path: str, end_of_document: str | None, directory: Path) -> str:
+def _checksums(source: _Source) -> dict[str, str]:
+    found = {"file": artifact.sha256_file(source.file)}
+    return found | {source.beside.name: artifact.sha256_file(source.beside)} if source.beside else found
+
+
+def _take(path: str, end_of_document: str | None, special_token_text: SpecialTokenText, directory: Path) -> str:
     if Path(path).exists():
-        file = _tokenizer_file(Path(path))
-        load_tokenizer(file, end_of_document)  # so that what is wrong is said of the user's file
-        name = HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE
-        shutil.copyfile(file, directory / name)
+        load_tokenizer(Path(path), end_of_document, special_token_text)  # so that what is wrong is said of the user's file
+        source = _find_source(Path(path))
+        name = SENTENCEPIECE_FILE if source.form == "sentencepiece" else HF_FILE
+        if source.form in ("bpe", "wordpiece"):
+            _load_hugging_face(source).save(str(directory / name))
+        else:
+            shutil.copyfile(source.file, directory / name)
         return name
-    if path.count("/") > 1 or path.startswith((".", "/")) or path.endswith((".json", ".model")):
+    if looks_like_path(path):
         raise TokenizerError(f"tokenizer.path: {path}: no such file or folder")
     import tokenizers
 
@@ -298,17 +427,37 @@ def _write_hugging_face_config(directory: Path, name: str, tokenizer: Tokenizer)
     """Lets ``AutoTokenizer.from_pretrained`` read the folder; returns the end-of-document token's text."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text = str(tokenizer.library.id_to_token(tokenizer.end_of_document))
-        config: dict[str, str | bool] = {
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": text,
             "bos_token": text,
-            "unk_token": text,
+            "unk_token": getattr(tokenizer.library.model, "unk_token", None) or text,
         }
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)
         text = str(tokenizer.library.id_to_piece(tokenizer.end_of_document))
-        config = {"tokenizer_class": "LlamaTokenizer", "eos_token": text, "add_bos_token": False, "legacy": False}
+        config = _sentencepiece_config(tokenizer.library, text)
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     if not (directory / name).is_file():
         raise ArtifactError(f"{directory / name}: was not written")
     return text
+
+
+def _sentencepiece_config(processor: sentencepiece.SentencePieceProcessor, end: str) -> dict[str, str]:
+    """Names the class of transformers that hands text to the sentencepiece library as it is.
+
+    LlamaTokenizer, the usual one, needs protobuf to read the model, and gives other ids for every model but Llama's kind (T5's, say).
+    Each role must name a piece of the model: a default that is none (``<pad>``, ``<::::>``) would be added to the vocabulary.
+    """
+
+    def piece(number: int) -> str:
+        return str(processor.id_to_piece(number)) if number >= 0 else end
+
+    return {
+        "tokenizer_class": "BertGenerationTokenizer",
+        "eos_token": end,
+        "bos_token": piece(processor.bos_id()),
+        "unk_token": piece(processor.unk_id()),
+        "pad_token": piece(processor.pad_id()),
+        "sep_token": end,
+    }

@@ -55,7 +55,8 @@ class Corpus:
         if not 0 <= sample < self.samples:
             raise IndexError(f"{self.directory}: sample id {sample} of {self.samples}")
         offset = sample * self.length * self.indexed.tokens.dtype.itemsize
-        return int(np.searchsorted(self.indexed.pointers, offset, side="right")) - 1
+        sequence = int(np.searchsorted(self.indexed.pointers, offset, side="right")) - 1
+        return int(np.searchsorted(self.indexed.boundaries, sequence, side="right")) - 1
 
     def info(self, name: str) -> Any:
         """A figure of the manifest."""
@@ -69,7 +70,9 @@ def open_corpus(directory: Path, length: int, *, verify: bool = False) -> Corpus
         ArtifactError: no corpus, a damaged one, or one too short for a single sample.
     """
     manifest = artifact.verify(directory, "corpus") if verify else artifact.load(directory, "corpus")
-    corpus = Corpus(directory, manifest, open_indexed(directory / TOKENS_NAME, verify=verify), length)
+    corpus = Corpus(directory, manifest, open_indexed(directory / TOKENS_NAME), length)
+    if corpus.indexed.tokens.dtype.kind not in "iu":  # DeepSpeed's uint32 has Megatron's code for float32
+        raise ArtifactError(f"{directory}: tokens of dtype {corpus.indexed.tokens.dtype}, expected integers")
     if corpus.samples == 0:
         raise ArtifactError(f"{directory}: {len(corpus.indexed.tokens)} tokens, too few for one sample of {length} + 1")
     return corpus

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from mates.engine.config import SAMPLE, Recipe
 from mates.engine.layout import layout_of
 from mates.engine.pretrain.shapes import resolve_shape
-from mates.engine.progress import say
+from mates.engine.progress import Progress, say
 from mates.engine.reference.task import Half, make_reference
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Manifest
-from mates.preprocess.corpus import SplitShares, make_corpora, texts_of
-from mates.preprocess.readers import find_inputs
+from mates.preprocess.corpus import CorpusSettings, SplitShares, make_corpora, texts_of
+from mates.preprocess.inputs import InputFile, find_inputs
+from mates.preprocess.ledger import REJECTS_NAME
+from mates.preprocess.ranks import Alone, Ranks
+from mates.preprocess.readers import ReadOptions
 from mates.preprocess.sample_corpus import write_sample_corpus
 from mates.preprocess.tokenizer import make_tokenizer
+from mates.preprocess.workers import default_workers
 
 SAMPLE_REFERENCE = ("reference-train.jsonl", "reference-test.jsonl")
 
@@ -36,7 +41,7 @@ def sample_corpus_step(recipe: Recipe) -> Manifest | None:
     )
 
 
-def input_files(recipe: Recipe) -> list[Path]:
+def input_files(recipe: Recipe) -> list[InputFile]:
     """The recipe's input files, ``sample`` standing for the shards of the embedded corpus."""
     shards = f"{layout_of(recipe).sample_corpus}/shard-*.json.gz"
     return find_inputs([shards if item == SAMPLE else item for item in recipe.corpus.inputs])
@@ -45,6 +50,18 @@ def input_files(recipe: Recipe) -> list[Path]:
 def split_shares(recipe: Recipe) -> SplitShares:
     """How documents are divided."""
     return SplitShares(pool=recipe.corpus.pool_share, holdout=recipe.corpus.holdout_share, seed=recipe.corpus.split_seed)
+
+
+def read_options(recipe: Recipe) -> ReadOptions:
+    """How documents are read."""
+    corpus = recipe.corpus
+    return ReadOptions(
+        text_field=corpus.text_field,
+        metadata_fields=tuple(corpus.metadata_fields),
+        on_bad_input=corpus.on_bad_input,
+        keep_empty=corpus.empty_documents == "keep",
+        max_document_bytes=corpus.max_document_bytes,
+    )
 
 
 def _origin(recipe: Recipe) -> str | None:
@@ -59,7 +76,7 @@ def tokenizer_step(recipe: Recipe) -> Manifest:
     config = recipe.tokenizer
     inputs: dict[str, str] = {}
     if config.path is None:
-        origin = _origin(recipe) or [[str(path), path.stat().st_size] for path in input_files(recipe)]
+        origin = _origin(recipe) or [[file.name, file.bytes] for file in input_files(recipe)]
         inputs["documents"] = artifact.fingerprint_of(
             [origin, recipe.corpus.text_field, recipe.corpus.pool_share, recipe.corpus.holdout_share]
         )
@@ -70,31 +87,50 @@ def tokenizer_step(recipe: Recipe) -> Manifest:
         vocab_size=config.vocab_size,
         train_bytes=config.train_bytes,
         end_of_document=config.end_of_document,
-        texts=texts_of(input_files(recipe), recipe.corpus.text_field, split_shares(recipe)) if config.path is None else [],
+        texts=texts_of(input_files(recipe), read_options(recipe), split_shares(recipe)) if config.path is None else [],
         inputs=inputs,
+        special_token_text=recipe.corpus.special_token_text,
     )
 
 
-def preprocess_step(recipe: Recipe) -> dict[str, Manifest]:
-    """Tokenize the documents into the train, pool and holdout corpora."""
-    layout = layout_of(recipe)
-    done = make_corpora(
-        layout.corpus("train").parent,
-        inputs=input_files(recipe),
-        text_field=recipe.corpus.text_field,
-        shares=split_shares(recipe),
-        tokenizer_dir=layout.tokenizer,
-        origin=_origin(recipe),
-    )
+def preprocess_step(recipe: Recipe, ranks: Ranks | None = None) -> dict[str, Manifest]:
+    """Tokenize the documents into the train, pool and holdout corpora, as one of the ranks that were started."""
+    layout, ranks = layout_of(recipe), ranks or Alone()
+    files = input_files(recipe)
+    workers = recipe.corpus.workers or (default_workers() if ranks.size == 1 else 1)
+    with Progress("preprocess", sum(file.bytes for file in files), "byte", enabled=ranks.rank == 0 and ranks.size == 1) as shown:
+        done = make_corpora(
+            layout.corpus("train").parent,
+            inputs=files,
+            settings=CorpusSettings(
+                shares=split_shares(recipe),
+                reading=read_options(recipe),
+                features=tuple(sorted(recipe.corpus.features)),
+                special_token_text=recipe.corpus.special_token_text,
+            ),
+            tokenizer_dir=layout.tokenizer,
+            workers=workers,
+            ranks=ranks,
+            origin=_origin(recipe),
+            progress=shown.reach,
+            say=say if ranks.rank == 0 else lambda text: None,
+        )
+    if ranks.rank == 0:
+        _say_corpora(done, layout.corpus("train").parent)
+    return done
+
+
+def _say_corpora(done: dict[str, Manifest], directory: Path) -> None:
     for split, manifest in done.items():
         say(f"preprocess: {split} corpus of {manifest.info['documents']:,} documents, {manifest.info['tokens']:,} tokens")
-    dropped: dict[str, int] = {}
-    for file in done["train"].info["input_files"]:
-        for reason, count in file["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + count
+    files = next(iter(done.values())).info["input_files"]
+    dropped: Counter[str] = sum((Counter(file["dropped"]) for file in files), Counter())
     if dropped:
-        say("preprocess: dropped " + ", ".join(f"{count:,} ({reason})" for reason, count in sorted(dropped.items())))
-    return done
+        reasons = ", ".join(f"{count:,} ({reason})" for reason, count in sorted(dropped.items()))
+        say(f"preprocess: dropped {reasons}; examples in {directory / REJECTS_NAME}")
+    damaged = [file for file in files if file["damage"]]
+    if damaged:
+        say(f"preprocess: WARNING: {len(damaged)} damaged files were read up to the damage and no further; in all: {damaged[0]['damage']}")
 
 
 def reference_step(recipe: Recipe) -> dict[Half, Manifest]:

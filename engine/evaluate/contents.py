@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from mates.engine.pretrain import checkpoint
 from mates.engine.probe.stage import read_labels
 from mates.engine.select.stage import needs_scores
 from mates.preprocess import artifact
+from mates.preprocess.metadata import document_rows
 from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
 
 EXAMPLES = 5
@@ -198,7 +198,8 @@ def _probes(recipe: Recipe, method: str, stage: int) -> Probes:
     count = min(EXAMPLES, len(ids) // 2)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
     tokenizer, _ = open_tokenizer(layout.tokenizer)
-    urls = _urls(pool.directory)
+    shown = [*order[:count], *order[::-1][:count]]
+    urls = dict(zip(shown, _urls(pool, [int(ids[row]) for row in shown]), strict=True))
     mean, sd = float(nats.mean()), float(nats.std())
 
     def example(row: int) -> Example:
@@ -208,7 +209,7 @@ def _probes(recipe: Recipe, method: str, stage: int) -> Probes:
             influence_nats=float(nats[row]),
             influence_sd=(float(nats[row]) - mean) / sd if sd > 0 else None,
             text=sample_text(pool, tokenizer, sample),
-            url=urls[pool.document_of(sample)] if urls else None,
+            url=urls[row],
         )
 
     return Probes(
@@ -227,10 +228,7 @@ def sample_text(corpus: Corpus, tokenizer: Tokenizer, sample: int) -> str:
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def _urls(corpus: Path) -> list[str | None] | None:
-    """Address of each document of a corpus, where addresses were recorded."""
-    path = corpus / "documents.parquet"
-    if not path.is_file():
-        return None
-    urls: list[str | None] = pq.read_table(path, columns=["url"])["url"].to_pylist()
-    return urls
+def _urls(corpus: Corpus, samples: list[int]) -> list[str | None]:
+    """Addresses of the documents that samples begin in, where addresses were kept."""
+    rows = document_rows(corpus.directory, [corpus.document_of(sample) for sample in samples])
+    return list(rows["url"].to_pylist()) if "url" in rows.column_names else [None] * len(samples)

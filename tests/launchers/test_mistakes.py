@@ -135,9 +135,12 @@ def test_missing_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_cut_input(tmp_path: Path, corpus_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "docs.json.gz"
     path.write_bytes(path.read_bytes()[:-300])
-    message = refused(["tokenizer", *corpus_arguments], capsys)
+    message = refused(["tokenizer", *corpus_arguments, "--corpus.on_bad_input", "fail"], capsys)
     assert str(path) in message
     assert "damaged after" in message
+    assert main(["tokenizer", *corpus_arguments]) == 0
+    assert main(["preprocess", *corpus_arguments]) == 0
+    assert "WARNING: 1 damaged files were read up to the damage" in capsys.readouterr().out
 
 
 def test_wrong_text_field(corpus_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,35 +5,61 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import random
 import re
+import subprocess
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mates.preprocess.readers import Document, Dropped, InputError, find_inputs, read_documents
+from mates.preprocess import inputs, readers
+from mates.preprocess.readers import (
+    Block,
+    InputError,
+    InputFile,
+    PartReader,
+    ReadOptions,
+    Reject,
+    parts_of,
+    read_texts,
+)
 
 Row = dict[str, Any]
+Document = tuple[str | None, ...]  # text, url, timestamp, source
 
+SKIP, FAIL = ReadOptions(), ReadOptions(on_bad_input="fail")
 ROWS: list[Row] = [
     {"text": "Plain text.", "url": "https://example.org/a", "timestamp": "2019-04-25T12:57:54Z", "source": "a"},
     {"text": "Line one\nline two\r\n\tand \u2028 a separator, \u0085 another\x0c", "url": None},
     {"url": "https://example.org/é", "text": "日本語 \U0001f600"},
-    {"text": " leading and trailing ", "timestamp": "2020"},
+    {"text": " leading and trailing ", "timestamp": "2020", "more": [{}, {"}": "{"}]},
+    {"text": "a NUL \0 is text"},
 ]
-DOCUMENTS = [Document(row["text"], row.get("url"), row.get("timestamp"), row.get("source")) for row in ROWS]
+DOCUMENTS: list[Document] = [(row["text"], row.get("url"), row.get("timestamp"), row.get("source")) for row in ROWS]
 
 
 def lines_of(rows: list[Row]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def zstd(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -41,32 +67,126 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".json": lambda data: data,
     ".json.gz": gzip.compress,
     ".jsonl.gz": gzip.compress,
-    ".jsonl.zst": lambda data: zstandard.ZstdCompressor().compress(data),
-    ".json.zst": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(data),
+    ".jsonl.zst": zstandard.ZstdCompressor().compress,
+    ".json.zst": zstd,
 }
+COMPRESSED = [ending for ending in COMPRESS if ending.endswith(("gz", "zst"))]
 
 
-def put(directory: Path, ending: str, data: bytes) -> Path:
+def put(directory: Path, ending: str, data: bytes) -> InputFile:
+    return put_raw(directory, ending, COMPRESS[ending](data))
+
+
+def put_raw(directory: Path, ending: str, data: bytes) -> InputFile:
     path = directory / f"documents{ending}"
-    path.write_bytes(COMPRESS[ending](data))
-    return path
+    path.write_bytes(data)
+    return InputFile(str(path), len(data))
 
 
-def put_parquet(directory: Path, columns: Row) -> Path:
+def put_parquet(directory: Path, columns: Row, **options: Any) -> InputFile:
     path = directory / "documents.parquet"
-    pq.write_table(pa.table(columns), path)
-    return path
+    pq.write_table(pa.table(columns), path, **options)
+    return InputFile(str(path), path.stat().st_size)
 
 
-def count_until_error(path: Path, message: str) -> int:
-    """Documents before the InputError that must come; its message must name the file and that count."""
-    count = 0
-    with pytest.raises(InputError) as caught:  # noqa: PT012 (the loop is what raises)
-        for _ in read_documents(path):
-            count += 1
-    assert str(caught.value).startswith(f"{path}: ")
-    assert re.search(message.format(count=count), str(caught.value)), str(caught.value)
-    return count
+def documents_of(block: Block) -> list[Document]:
+    return list(zip(block.texts, *block.metadata, strict=True))
+
+
+def documents(file: InputFile, options: ReadOptions = SKIP) -> list[Document]:
+    """All documents of a file in which nothing may be wrong."""
+    reader = PartReader(file, options)
+    blocks = list(reader)
+    assert reader.damage is None
+    assert [block.dropped for block in blocks] == [Counter()] * len(blocks)
+    return [document for block in blocks for document in documents_of(block)]
+
+
+def dropped(file: InputFile, options: ReadOptions = SKIP) -> Counter[str]:
+    return sum((Counter[str](block.dropped) for block in PartReader(file, options)), Counter())
+
+
+def damage_of(file: InputFile) -> tuple[list[str], str]:
+    """Texts kept of a damaged file, and what is said of the damage, under both policies."""
+    reader = PartReader(file, SKIP)
+    texts = [text for block in reader for text in block.texts]
+    assert reader.damage is not None
+    assert reader.sha256 is None
+    assert reader.damage.startswith(f"damaged after {len(texts):,} documents, {reader.lines:,} lines: ")
+    kept = []
+    with pytest.raises(InputError) as caught:  # noqa: PT012 - the loop is what raises
+        for text in read_texts(file, FAIL):
+            kept.append(text)
+    assert kept == texts
+    assert str(caught.value) == f"{file.name}: {reader.damage}. Fetch it again, leave it out, or set corpus.on_bad_input to skip"
+    return texts, reader.damage
+
+
+# --- an independent reader -----------------------------------------------------------------------------------------
+
+
+def reference_row(line: bytes, limit: int) -> Document | str:
+    """One line's document, or the reason against it, by the standard library."""
+    if len(line) > limit:
+        return "too long"
+    try:
+        row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
+    except UnicodeDecodeError:
+        return "invalid UTF-8"
+    except (ValueError, RecursionError):
+        return "malformed JSON"
+    if not isinstance(row, dict):
+        return "not an object"
+    if "text" not in row:
+        return "no text field"
+    if not isinstance(row["text"], str):
+        return "text is not a string"
+    if any("\ud800" <= character <= "\udfff" for character in row["text"]):
+        return "invalid unicode"
+    if not row["text"].strip():
+        return "empty text"
+    known = [row.get(name) for name in ("url", "timestamp", "source")]
+    spelt = [value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in known]
+    return (row["text"], *(value and re.sub("[\ud800-\udfff]", "?", value) for value in spelt))
+
+
+def reference(data: bytes, limit: int = SKIP.max_document_bytes) -> list[Document | str]:
+    lines = data.split(b"\n")
+    return [reference_row(line, limit) for line in lines if len(line) > limit or line.removeprefix(b"\xef\xbb\xbf").strip()]
+
+
+def check_against_reference(file: InputFile, data: bytes, options: ReadOptions = SKIP, parts: int = 1) -> None:
+    """What all parts give must be what the reference gives: documents in order, reasons counted, rejects named by their lines."""
+    expected = reference(data, options.max_document_bytes)
+    lines = data.split(b"\n")
+    found: list[Document] = []
+    reasons: Counter[str] = Counter()
+    first_line = 0
+    digest = []
+    for part in range(parts):
+        reader = PartReader(file, options, part, parts)
+        rejects: list[Reject] = []
+        for block in reader:
+            found += documents_of(block)
+            reasons.update(block.dropped)
+            rejects += block.rejects
+        for reject in rejects:
+            line = lines[first_line + reject.line - 1]
+            assert reference_row(line, options.max_document_bytes) == reject.reason
+            excerpt = line.decode(errors="replace")[: readers.EXCERPT_CHARACTERS]
+            if reject.reason == "too long" and options.max_document_bytes < len(excerpt):
+                excerpt = excerpt[: len(reject.excerpt)]  # no more than that may have been held
+            assert reject.excerpt == excerpt
+        assert [reject.line for reject in rejects] == sorted({reject.line for reject in rejects})
+        kept = Counter(reject.reason for reject in rejects)
+        assert all(count <= readers.REJECTS_KEPT for count in kept.values())
+        first_line += reader.lines
+        digest.append(reader.sha256)
+    assert found == [row for row in expected if not isinstance(row, str)]
+    assert reasons == Counter(row for row in expected if isinstance(row, str))
+    assert first_line == len(lines) - (not lines[-1])
+    if parts == 1:
+        assert digest == [sha256(Path(file.name).read_bytes()).hexdigest()]
 
 
 # --- what comes out ------------------------------------------------------------------------------------------------
@@ -74,191 +194,501 @@ def count_until_error(path: Path, message: str) -> int:
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_json_lines_in_every_wrapping(tmp_path: Path, ending: str) -> None:
-    assert list(read_documents(put(tmp_path, ending, lines_of(ROWS)))) == DOCUMENTS
+    file = put(tmp_path, ending, lines_of(ROWS))
+    for options in (SKIP, FAIL):
+        assert documents(file, options) == DOCUMENTS
+    assert list(read_texts(file, SKIP)) == [row["text"] for row in ROWS]
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
 def test_parquet(tmp_path: Path, compression: str) -> None:
-    path = tmp_path / "documents.parquet"
     columns: Row = {name: [row.get(name) for row in ROWS] for name in ("source", "text", "url", "timestamp")}
     columns["other"] = [1.5] * len(ROWS)
-    pq.write_table(pa.table(columns), path, compression=compression, row_group_size=3)
-    assert list(read_documents(path)) == DOCUMENTS
-    put_parquet(tmp_path, {"body": pa.array(columns["text"], pa.large_string())})
-    assert list(read_documents(path, "body")) == [Document(row["text"]) for row in ROWS]
+    file = put_parquet(tmp_path, columns, compression=compression, row_group_size=3)
+    for options in (SKIP, FAIL):
+        assert documents(file, options) == DOCUMENTS
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        file = put_parquet(tmp_path, {"a.body": pa.array(columns["text"], kind)})
+        assert documents(file, ReadOptions(text_field="a.body")) == [(row["text"], None, None, None) for row in ROWS]
 
 
 def test_parquet_of_more_rows_than_a_batch(tmp_path: Path) -> None:
-    texts = [f"document {number}" for number in range(2_500)]
-    assert list(read_documents(put_parquet(tmp_path, {"text": texts}))) == [Document(text) for text in texts]
+    for count, dictionary in ((2_500, True), (5_000, False)):
+        texts = [f"document {number}" for number in range(count)]
+        file = put_parquet(tmp_path, {"text": texts}, use_dictionary=dictionary)
+        blocks = list(PartReader(file, SKIP))
+        assert [block.texts for block in blocks] == [texts]
+
+
+def test_blocks_of_parquet_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1_000)
+    source = random.Random(3)
+    texts = ["x" * source.choice([1, 10, 400, 999, 1_000, 1_001, 3_000]) for _ in range(300)]  # mostly in the dictionary
+    blocks = [block.texts for block in PartReader(put_parquet(tmp_path, {"text": texts}), SKIP)]
+    assert [text for block in blocks for text in block] == texts
+    assert all(len(block) == 1 or sum(map(len, block)) <= 1_000 for block in blocks)
+    assert all(sum(map(len, first)) + len(second[0]) > 1_000 for first, second in pairwise(blocks))
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_last_line_without_an_end_blank_lines_and_windows_line_ends(tmp_path: Path, ending: str) -> None:
     data = lines_of(ROWS)
+    mark = b"\xef\xbb\xbf"  # the byte order mark that Windows tools put
     for variant in (
         data[:-1],
         b"\n\n" + data.replace(b'"}\n', b'"}\n\n  \t \n') + b"\n",
         b"\r\n".join(data.split(b"\n")),
         b"\r\n\r\n" + b"\r\n".join(data.split(b"\n"))[:-2],
-        b"\xef\xbb\xbf" + data,  # the byte order mark that Windows tools put
+        mark + data,
+        mark + data[:-1],
     ):
-        assert list(read_documents(put(tmp_path, ending, variant))) == DOCUMENTS
+        assert documents(put(tmp_path, ending, variant)) == DOCUMENTS
+    assert documents(put(tmp_path, ending, mark + data + mark + data)) == DOCUMENTS * 2  # two such files joined
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_a_file_without_documents(tmp_path: Path, ending: str) -> None:
-    for data in (b"", b"\n \n"):
-        assert list(read_documents(put(tmp_path, ending, data))) == []
+    for data in (b"", b"\n \n", b"\xef\xbb\xbf"):
+        file = put(tmp_path, ending, data)
+        assert documents(file, FAIL) == []
+        check_against_reference(file, data)
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_documents_longer_than_any_buffer(tmp_path: Path, ending: str) -> None:
-    source = random.Random(1)  # hexadecimal noise compresses to a half, so that blocks of 1 MiB end inside documents
-    rows = [{"text": source.randbytes(size).hex()} for size in (10, 800_000, 3, 700_000, 0, 500_000)]
-    expected = [Document(row["text"]) if row["text"] else Dropped("empty text") for row in rows]
-    path = put(tmp_path, ending, lines_of(rows))
-    assert path.stat().st_size > 3 << 19
-    assert list(read_documents(path)) == expected
+    source = random.Random(1)  # hexadecimal noise compresses to a half, so that blocks end inside documents
+    sizes = (10, 800_000, 3, 2_700_000, 1, 500_000, 1_500_000, 4_000_000)
+    texts = [source.randbytes(size).hex() for size in sizes]
+    blocks = [block.texts for block in PartReader(put(tmp_path, ending, lines_of([{"text": text} for text in texts])), SKIP)]
+    assert [text for block in blocks for text in block] == texts
+    assert all(len(block) == 1 or sum(map(len, block)) <= readers.BLOCK_BYTES for block in blocks)
 
 
 def test_metadata_of_other_types_becomes_text(tmp_path: Path) -> None:
-    rows = [
-        {"text": "a", "url": 7, "timestamp": {"y": 1}, "source": ["b"]},
-        {"text": "b", "url": "x\ud800y", "source": "\udfff"},
+    lines = (
+        b'{"text": "a", "url": 7, "timestamp": {"y": 1.50, "\xc3\xa9": null}, "source": ["b"]}\n'
+        b'{"text": "b", "url": true, "timestamp": 1e400, "source": 123456789012345678901234567890}\n'
+        b'{"text": "c", "url": "x\\ud800y", "timestamp": -0.0, "source": "\\udfff"}\n'
+        b'{"text": "d", "url": NaN, "timestamp": 1E2, "source": {"a": "\\ud800"}}\n'
+    )
+    assert documents(put(tmp_path, ".jsonl", lines)) == [
+        ("a", "7", '{"y": 1.5, "é": null}', '["b"]'),
+        ("b", "true", "Infinity", "123456789012345678901234567890"),
+        ("c", "x?y", "-0.0", "?"),
+        ("d", "NaN", "100.0", '{"a": "?"}'),
     ]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = read_documents(path)
-    assert first == Document("a", "7", "{'y': 1}", "['b']")
-    assert isinstance(second, Document)
-    for value in (second.url, second.source):  # lone surrogates cannot be written anywhere
-        assert value is not None
-        assert value.encode().decode() == value
-    assert (second.text, second.url) == ("b", "x?y")
+
+
+def test_metadata_of_parquet_becomes_text(tmp_path: Path) -> None:
+    latin = pa.array([b"good", b"\xe9", None], pa.binary())
+    columns: Row = {
+        "text": ["a", "b", "c"],
+        "int": [1, None, 3],
+        "float": [0.5, None, math.inf],
+        "list": [[1, 2], [], None],
+        "struct": [{"a": "é"}, None, {"a": None}],
+        "bytes": latin,
+        "invalid": latin.view(pa.string()),
+        "time": pa.array([1, None, 1_500_000_000_000_000_001], pa.timestamp("ns", "UTC")),
+        "category": pa.array(["x", None, "x"]).dictionary_encode(),
+    }
+    options = ReadOptions(metadata_fields=(*list(columns)[:0:-1], "none", "int", "text"))
+    found = documents(put_parquet(tmp_path, columns), options)
+    by_name = dict(zip(["text", *options.metadata_fields], map(list, zip(*found, strict=True)), strict=False))
+    assert by_name == {
+        "text": ["a", "b", "c"],
+        "int": ["1", None, "3"],
+        "float": ["0.5", None, "Infinity"],
+        "list": ["[1, 2]", "[]", None],
+        "struct": ['{"a": "é"}', None, '{"a": null}'],
+        "bytes": ["good", "\ufffd", None],
+        "invalid": ["good", "\ufffd", None],
+        "time": ["1970-01-01 00:00:00.000000001Z", None, "2017-07-14 02:40:00.000000001Z"],
+        "category": ["x", None, "x"],
+        "none": [None] * 3,
+    }
+
+
+def test_other_fields_may_be_asked_for(tmp_path: Path) -> None:
+    rows = [{"a": "text", "b.c": "one", "é \0": 2}]
+    for fields in (("b.c", "é"), (), ("b.c", "b.c", "a", "é")):
+        options = ReadOptions(text_field="a", metadata_fields=fields)
+        values: Row = {"a": "text", "b.c": "one", "é": None}
+        expected: list[Document] = [("text", *(values[name] for name in fields))]
+        assert documents(put(tmp_path, ".jsonl", lines_of(rows)), options) == expected
+    with pytest.raises(InputError, match=r"text_field and metadata_fields .*must not contain"):
+        list(PartReader(put(tmp_path, ".jsonl", b""), ReadOptions(text_field='a"')))
+
+
+def test_remote_files(tmp_path: Path) -> None:
+    data = lines_of(ROWS)
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": [row["text"] for row in ROWS]}), table)
+    system = fsspec.filesystem("memory")
+    for ending, raw in [*((ending, compress(data)) for ending, compress in COMPRESS.items()), (".parquet", table.getvalue())]:
+        system.pipe(f"/test_readers/a{ending}", raw)
+        file = InputFile(f"memory://test_readers/a{ending}", len(raw))
+        assert [document[0] for document in documents(file)] == [document[0] for document in DOCUMENTS]
+        if ending == ".jsonl":
+            texts = [text for part in range(7) for block in PartReader(file, SKIP, part, 7) for text in block.texts]
+            assert texts == [row["text"] for row in ROWS]
+    system.rm("/test_readers", recursive=True)
 
 
 # --- rows that are dropped -----------------------------------------------------------------------------------------
 
-GOOD = Document("good")
-CASES: list[tuple[bytes, Document | Dropped]] = [
-    (b'{"text": "good"}', GOOD),
-    (b'{"text": "good"', Dropped("malformed JSON")),
-    (b'{"text": "go\xff\xfeod"}', Dropped("malformed JSON")),
-    (b"good", Dropped("malformed JSON")),
-    (b'{"text": "good"} {"text": "good"}', Dropped("malformed JSON")),
-    (b"[" * 200_000, Dropped("malformed JSON")),
-    (b'{"text": "good", "n": ' + b"9" * 5_000 + b"}", Dropped("malformed JSON")),
-    (b'["text"]', Dropped("not an object")),
-    (b'"text"', Dropped("not an object")),
-    (b"null", Dropped("not an object")),
-    (b"1e5", Dropped("not an object")),
-    (b"{}", Dropped("no text field")),
-    (b'{"Text": "good", "body": "good"}', Dropped("no text field")),
-    (b'{"text": null}', Dropped("text is not a string")),
-    (b'{"text": ["good"]}', Dropped("text is not a string")),
-    (b'{"text": 3}', Dropped("text is not a string")),
-    (b'{"text": ""}', Dropped("empty text")),
-    (b'{"text": " \\n\\t\\u00a0\\u3000"}', Dropped("empty text")),
-    (b'{"text": "a \\ud83d b"}', Dropped("invalid unicode")),
-    (b'{"text": "\\udc00\\ud800"}', Dropped("invalid unicode")),
-    (b'{"text": "a \xed\xa0\x80 b"}', Dropped("invalid unicode")),
-    (b'{"text": "\\ud83d\\ude00"}', Document("\U0001f600")),
-    (b'{"text": "good", "score": NaN}', GOOD),
+CASES: list[tuple[bytes, str | None]] = [
+    (b'{"text": "good"}', None),
+    (b' {"text": "good"}\t', None),
+    (b'{"text": "good", "n": {"text": 5}}', None),
+    (b'{"text": "bad", "text": "good"}', None),
+    (b'{"t\\u0065xt": "good"}', None),
+    (b'{"text": "good"', "malformed JSON"),
+    (b'"x": 1}', "malformed JSON"),
+    (b'{"text": "good",', "malformed JSON"),
+    (b'"text": "good"}', "malformed JSON"),
+    (b'{"text": "good", "url": {"a": 1}', "malformed JSON"),
+    (b"good", "malformed JSON"),
+    (b"\0", "malformed JSON"),
+    (b'{"text": "go\0od"}', "malformed JSON"),
+    (b'{"text": "go\tod"}', "malformed JSON"),
+    (b'{"text": "good"}\0', "malformed JSON"),
+    (b'{"text": "good"} {"text": "good"}', "malformed JSON"),
+    (b'{"text": "good"}\r{"text": "good"}', "malformed JSON"),
+    (b'{"text": "good"}{"text": "good"}', "malformed JSON"),
+    (b'{"text": "good",}', "malformed JSON"),
+    (b"{'text': 'good'}", "malformed JSON"),
+    (b"[" * 200_000, "malformed JSON"),
+    (b'{"text": "good", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "malformed JSON"),
+    (b'{"text": ' + b"9" * 5_000 + b"}", "malformed JSON"),
+    (b'["text"]', "not an object"),
+    (b'"text"', "not an object"),
+    (b"null", "not an object"),
+    (b"1e5", "not an object"),
+    (b"NaN", "not an object"),
+    (b"{}", "no text field"),
+    (b'{"Text": "good", "body": "good"}', "no text field"),
+    (b'{"text": null}', "text is not a string"),
+    (b'{"text": ["good"]}', "text is not a string"),
+    (b'{"text": {"text": "good"}}', "text is not a string"),
+    (b'{"text": 3}', "text is not a string"),
+    (b'{"text": 1e400}', "text is not a string"),
+    (b'{"text": NaN}', "text is not a string"),
+    (b'{"text": ""}', "empty text"),
+    (b'{"text": " \\n\\t\\u00a0\\u3000"}', "empty text"),
+    (b'{"text": "a \\ud83d b"}', "invalid unicode"),
+    (b'{"text": "\\udc00\\ud800"}', "invalid unicode"),
+    (b'{"text": "a \xed\xa0\x80 b"}', "invalid UTF-8"),
+    (b'{"text": "go\xff\xfeod"}', "invalid UTF-8"),
+    (b"\xff\xfe{\0", "invalid UTF-8"),
+    (b'{"text": "\\ud83d\\ude00"}', None),
+    (b'{"text": "good", "score": NaN}', None),
+    (b'{"text": "good", "score": -Infinity, "x": "\\ud800"}', None),
+    (b'{"text": "g\\u0000"}', None),
 ]
+LINES = [line for line, _ in CASES]
+
+
+def test_the_reference_gives_each_case_its_reason() -> None:
+    for line, reason in CASES:
+        row = reference_row(line, SKIP.max_document_bytes)
+        assert (row if isinstance(row, str) else None) == reason, line
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_each_bad_row_has_its_reason_and_its_place(tmp_path: Path, ending: str) -> None:
-    data = b"".join(line + b"\n" for line, _ in CASES)
-    assert list(read_documents(put(tmp_path, ending, data))) == [expected for _, expected in CASES]
+    data = b"".join(line + b"\n" for line in LINES)
+    check_against_reference(put(tmp_path, ending, data), data)
 
 
-@given(chosen=st.lists(st.sampled_from(CASES), max_size=40), data=st.data())
+@pytest.mark.parametrize(("line", "reason"), [(line, reason) for line, reason in CASES if reason])
+def test_each_bad_row_alone_under_both_policies(tmp_path: Path, line: bytes, reason: str) -> None:
+    good = b'{"text": "good"}\n'
+    data = good + b"\n" + line + b"\n" + good
+    for ending in (".jsonl", ".json.gz", ".jsonl.zst"):
+        file = put(tmp_path, ending, data)
+        (block,) = PartReader(file, SKIP)
+        assert block.texts == ["good", "good"]
+        assert block.rejects == [Reject(3, reason, line.decode(errors="replace")[:200])]  # type: ignore[arg-type]
+        if reason == "empty text":
+            (block,) = PartReader(file, FAIL)
+            assert (block.texts, block.dropped) == (["good", "good"], Counter({"empty text": 1}))
+        else:
+            with pytest.raises(InputError, match=re.escape(f"{file.name}: line 3: {reason}: ")):
+                list(PartReader(file, FAIL))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    chosen=st.lists(st.sampled_from([line for line in LINES if len(line) < 1_000]), max_size=40),
+    block_bytes=st.sampled_from([1, 16, 17, 64, 300, 1 << 20]),
+    data=st.data(),
+)
 def test_rows_in_are_documents_and_drops_out(
-    tmp_path_factory: pytest.TempPathFactory, chosen: list[tuple[bytes, Document | Dropped]], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, chosen: list[bytes], block_bytes: int, data: st.DataObject
 ) -> None:
-    ends = [data.draw(st.sampled_from([b"\n", b"\r\n", b"\n\n", b" \n"])) for _ in chosen]
-    whole = b"".join(line + end for (line, _), end in zip(chosen, ends, strict=True))
-    path = put(tmp_path_factory.mktemp("rows"), data.draw(st.sampled_from(sorted(COMPRESS))), whole)
-    found = list(read_documents(path))
-    assert found == [expected for _, expected in chosen]
-    reasons = Counter(row.reason for row in found if isinstance(row, Dropped))
-    assert len(chosen) == sum(isinstance(row, Document) for row in found) + reasons.total()
+    """Of any lines, in blocks of any size, in any wrapping."""
+    ends = [data.draw(st.sampled_from([b"\n", b"\r\n", b"\n\n", b" \n", b"\n \r\n"])) for _ in chosen]
+    whole = b"".join(line + end for line, end in zip(chosen, ends, strict=True))
+    whole = whole if data.draw(st.booleans()) else whole.rstrip()
+    file = put(tmp_path_factory.mktemp("rows"), data.draw(st.sampled_from(sorted(COMPRESS))), whole)
+    limit = data.draw(st.sampled_from([SKIP.max_document_bytes, 15, 16, 17, 18, 70]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        check_against_reference(file, whole, replace(SKIP, max_document_bytes=limit))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(
+        st.sampled_from(
+            [b"{", b"}", b"\n", b"\r", b'"text"', b":", b'"x"', b",", b'{"text":"a"}', b'{"text":', b" ", b"[", b"]", b"1", b"\\", b'"']
+        ),
+        max_size=30,
+    )
+)
+def test_what_a_line_is_does_not_depend_on_its_neighbours(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]) -> None:
+    """Objects over several lines and several in one must not make up for each other."""
+    data = b"".join(pieces)
+    check_against_reference(put(tmp_path_factory.getbasetemp(), ".jsonl", data), data)
+
+
+@pytest.mark.parametrize(
+    "halves", [(b'{"text":"c"', b',"url":"d"}'), (b'{"url":', b'{"a":1},"text":"c"}'), (b'{"url":{"a":1}', b',"text":"c"}')]
+)
+def test_two_objects_in_a_line_and_one_in_two(tmp_path: Path, halves: tuple[bytes, bytes]) -> None:
+    data = b'{"text":"a"} {"text":"b"}\n' + b"\n".join(halves) + b'\n{"text":"e"}\n'
+    file = put(tmp_path, ".jsonl", data)
+    check_against_reference(file, data)
+    assert dropped(file) == {"malformed JSON": 3}
+
+
+def test_few_rejects_are_kept_and_all_are_counted(tmp_path: Path) -> None:
+    lines = [b'{"text": 1, "n": "' + b"\xc3\xa9" * 500 + b'"}\n', b"nonsense\n"] * 50 + [b'{"text": ""}\n']
+    blocks = list(PartReader(put(tmp_path, ".jsonl", b"".join(lines)), SKIP))
+    assert sum((block.dropped for block in blocks), Counter()) == {"text is not a string": 50, "malformed JSON": 50, "empty text": 1}
+    rejects = [reject for block in blocks for reject in block.rejects]
+    assert [reject.line for reject in rejects] == [*range(1, 21), 101]
+    assert len(rejects[0].excerpt) == 200
+
+
+def test_empty_texts_are_kept_where_that_is_wanted(tmp_path: Path) -> None:
+    texts = ["a", "", " \n", "b"]
+    for file in (put(tmp_path, ".jsonl", lines_of([{"text": text} for text in texts])), put_parquet(tmp_path, {"text": texts})):
+        assert list(read_texts(file, ReadOptions(keep_empty=True))) == texts
+        for options in (SKIP, FAIL):
+            assert list(read_texts(file, options)) == ["a", "b"]
+            assert dropped(file, options) == {"empty text": 2}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_too_long_lines_are_dropped_and_reading_goes_on(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1_000)
+    limit = 2_000
+    for sizes in ([limit, limit + 1, 50, limit * 3, 30, 999, 1_000, 1_001], [limit * 5], [limit * 5, 30], [30, limit + 1], [40, limit]):
+        lines = [b'{"text": "' + b"x" * (size - 12) + b'"}' for size in sizes]
+        for data in (b"\n".join(lines), b"\n".join(lines) + b"\n", b"\n\n".join(lines) + b"\n\n"):
+            file = put(tmp_path, ending, data)
+            check_against_reference(file, data, replace(SKIP, max_document_bytes=limit))
+            if max(sizes) > limit:
+                with pytest.raises(InputError, match="too long"):
+                    list(PartReader(file, replace(FAIL, max_document_bytes=limit)))
 
 
 def test_bad_parquet_rows(tmp_path: Path) -> None:
-    path = put_parquet(tmp_path, {"text": ["good", None, "", " \n", "good"]})
-    none, empty = Dropped("text is not a string"), Dropped("empty text")
-    assert list(read_documents(path)) == [GOOD, none, empty, empty, GOOD]
-    path = put_parquet(tmp_path, {"text": [1, 2]})
-    assert list(read_documents(path)) == [Dropped("text is not a string")] * 2
-    path = put_parquet(tmp_path, {"text": [b"good"]})
-    assert list(read_documents(path)) == [Dropped("text is not a string")]
+    (block,) = PartReader(put_parquet(tmp_path, {"text": ["good", None, "", " \n", "good", "é" * 9]}), replace(SKIP, max_document_bytes=17))
+    assert block.texts == ["good", "good"]
+    assert block.rejects == [
+        Reject(2, "text is not a string", "null"),
+        Reject(3, "empty text", ""),
+        Reject(4, "empty text", " \n"),
+        Reject(6, "too long", "é" * 9),
+    ]
+    for column, kind in (([1, 2], "int64"), ([b"good", None], "binary"), ([{"text": "a"}, None], "struct<text: string>")):
+        file = put_parquet(tmp_path, {"text": column})
+        (block,) = PartReader(file, SKIP)
+        assert (block.texts, block.dropped) == ([], {"text is not a string": 2})
+        assert block.rejects[0] == Reject(1, "text is not a string", f"a column of type {kind}")
+        with pytest.raises(InputError, match=re.escape(f"{file.name}: row 1: text is not a string")):
+            list(PartReader(file, FAIL))
 
 
 def test_parquet_text_that_is_no_unicode(tmp_path: Path) -> None:
-    texts = pa.array([b"good", b"\xff\xfe", b"good", b"\xed\xa0\x80", b"\xc3\xa9"] * 500, pa.binary()).view(pa.string())
-    found = list(read_documents(put_parquet(tmp_path, {"text": texts, "url": ["u"] * 2_500})))
-    good, bad = Document("good", "u"), Dropped("invalid unicode")
-    assert found == [good, bad, good, bad, Document("é", "u")] * 500
+    texts = pa.array([b"good", b"\xff\xfe", b"good", b"\xed\xa0\x80", None, b"\xc3\xa9"] * 500, pa.binary()).view(pa.string())
+    for column in (texts, texts.dictionary_encode()):
+        file = put_parquet(tmp_path, {"text": column, "url": ["u"] * 3_000})
+        blocks = list(PartReader(file, SKIP))
+        assert [document[:2] for block in blocks for document in documents_of(block)] == [("good", "u"), ("good", "u"), ("é", "u")] * 500
+        assert dropped(file) == {"invalid UTF-8": 1_000, "text is not a string": 500}
+        assert blocks[0].rejects[0] == Reject(2, "invalid UTF-8", "\ufffd\ufffd")
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lines=st.lists(
+        st.sampled_from([b"", b"\r", b'{"text": "a"}', b'{"text": "bcd"}\r', b'{"text": "' + b"e" * 60 + b'"}', b"bad", b"\xef\xbb\xbf"]),
+        max_size=12,
+    ),
+    parts=st.integers(1, 40),
+    block_bytes=st.sampled_from([1, 20, 1 << 20]),
+    ends=st.booleans(),
+)
+def test_parts_are_the_file(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], parts: int, block_bytes: int, ends: bool) -> None:
+    data = b"\n".join(lines) + b"\n" * ends
+    file = put(tmp_path_factory.getbasetemp(), ".jsonl", data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        check_against_reference(file, data, parts=parts)
+        readers_of_parts = [PartReader(file, SKIP, part, parts) for part in range(parts)]
+        for reader in readers_of_parts:
+            list(reader)
+    starts = [0, *(at + 1 for at, byte in enumerate(data) if byte == 10 and at + 1 < len(data))] if data else []
+    bounds = [len(data) * part // parts for part in range(parts + 1)]
+    for reader, first, stop in zip(readers_of_parts, bounds[:-1], bounds[1:], strict=True):
+        own = [start for start in starts if first <= start < stop]
+        after = min((start for start in starts if start >= stop), default=len(data))
+        assert reader.lines == len(own)
+        assert reader.sha256 == sha256(data[own[0] : after] if own else b"").hexdigest()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(0, 30), group=st.integers(1, 10), parts=st.integers(1, 12))
+def test_parts_of_parquet(tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, parts: int) -> None:
+    texts = [f"document {number}" for number in range(rows)]
+    file = put_parquet(tmp_path_factory.getbasetemp(), {"text": pa.array(texts, pa.string())}, row_group_size=group)
+    groups = -(-rows // group)
+    for part in range(parts):
+        reader = PartReader(file, SKIP, part, parts)
+        own = texts[groups * part // parts * group : groups * (part + 1) // parts * group]
+        assert [text for block in reader for text in block.texts] == own
+        assert (reader.lines, reader.sha256) == (len(own), None)
+
+
+def test_how_many_parts() -> None:
+    counts = {0: 1, 1: 1, 100: 1, 101: 2, 1_000: 10}
+    for size, count in counts.items():
+        assert [parts_of(InputFile(f"a{ending}", size), 100) for ending in (".json", ".jsonl", ".parquet")] == [count] * 3
+        assert [parts_of(InputFile(f"a{ending}", size), 100) for ending in COMPRESSED] == [1] * 4
+
+
+def test_errors_name_the_line_in_the_file_and_not_in_the_part(tmp_path: Path) -> None:
+    for bad in range(30):
+        lines = [b'{"text": "good"}', b""] * 15
+        lines[bad] = b"oops"
+        file = put(tmp_path, ".jsonl", b"\n".join(lines))
+        messages = []
+        for part in range(6):
+            try:
+                list(PartReader(file, FAIL, part, 6))
+            except InputError as error:
+                messages.append(str(error))
+        assert messages == [
+            f"{file.name}: line {bad + 1}: malformed JSON: 'oops'. Mend or remove the line, or set corpus.on_bad_input to skip"
+        ]
+    file = put_parquet(tmp_path, {"text": ["a"] * 7 + [None] + ["b"] * 4}, row_group_size=2)
+    with pytest.raises(InputError, match="row 8: text is not a string: 'null'"):
+        list(PartReader(file, FAIL, 1, 2))
 
 
 # --- damaged files -------------------------------------------------------------------------------------------------
 
-DAMAGED = r"damaged after {count} documents"
+
+def is_prefix(texts: list[str], rows: list[Row]) -> bool:
+    return texts == [row["text"] for row in rows][: len(texts)]
 
 
-@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.gz", ".jsonl.zst", ".json.zst"])
-def test_every_cut_of_a_compressed_file_is_an_error(tmp_path: Path, ending: str) -> None:
-    path = put(tmp_path, ending, lines_of(ROWS * 5))
-    whole = path.read_bytes()
+@pytest.mark.parametrize("ending", COMPRESSED)
+def test_every_cut_of_a_compressed_file_is_damage(tmp_path: Path, ending: str) -> None:
+    rows = ROWS * 5
+    whole = COMPRESS[ending](lines_of(rows))
     for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        assert count_until_error(path, DAMAGED) <= len(ROWS) * 5
+        texts, damage = damage_of(put_raw(tmp_path, ending, whole[:length]))
+        assert is_prefix(texts, rows)
+        assert "0 bytes" in damage if length == 0 else "is cut" in damage
 
 
 @pytest.mark.parametrize("ending", [".json.gz", ".jsonl.zst"])
-def test_documents_before_a_cut_are_counted(tmp_path: Path, ending: str) -> None:
+def test_documents_before_a_cut_are_kept(tmp_path: Path, ending: str) -> None:
+    """As many as the standard library can decompress of the file, which here has several blocks and reads."""
     source = random.Random(2)
-    rows = [{"text": source.randbytes(500).hex()} for _ in range(5_000)]
-    path = put(tmp_path, ending, lines_of(rows))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    assert 2_000 < count_until_error(path, DAMAGED) < 2_600
+    rows = [{"text": source.randbytes(500).hex()} for _ in range(9_000)]
+    data = lines_of(rows)
+    half = COMPRESS[ending](data[: len(data) // 2])
+    whole = half + COMPRESS[ending](data[len(data) // 2 :])  # two members or frames
+    for length in sorted({len(half) - 1, len(half) + 1, *source.sample(range(len(whole)), 8)}):
+        texts, _ = damage_of(put_raw(tmp_path, ending, whole[:length]))
+        if ending == ".json.gz":
+            first = zlib.decompressobj(31)
+            out = first.decompress(whole[:length])
+            out += zlib.decompressobj(31).decompress(first.unused_data)
+            expected = out.count(b"\n")
+        else:
+            expected = max(0, len(data) * length // len(whole) // 1_014 - 300)  # a zstandard block of 128 KiB may be lost
+        assert is_prefix(texts, rows)
+        assert len(texts) >= expected
+        assert len(texts) <= len(data) * length // len(whole) // 1_014 + 200
+    assert documents(put_raw(tmp_path, ending, whole[: len(half)])) != []  # a cut between two leaves a sound, shorter file
 
 
 @pytest.mark.parametrize("ending", [".json.gz", ".json.zst"])  # both with a checksum of the contents
-def test_changed_bytes_are_an_error(tmp_path: Path, ending: str) -> None:
-    path = put(tmp_path, ending, lines_of(ROWS * 5))
-    whole = path.read_bytes()
-    for at in range(20, len(whole) - 8):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-        count_until_error(path, DAMAGED)
+def test_changed_bytes_are_damage(tmp_path: Path, ending: str) -> None:
+    whole = COMPRESS[ending](lines_of(ROWS * 5))
+    for at in range(20, len(whole)):
+        file = put_raw(tmp_path, ending, whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        reader = PartReader(file, SKIP)
+        for _ in reader:
+            pass
+        assert reader.damage is not None
+        with pytest.raises(InputError):  # of the damage, or of a row that it spoilt
+            list(PartReader(file, FAIL))
 
 
 @pytest.mark.parametrize("ending", [".json.gz", ".jsonl.zst"])
-def test_what_is_not_compressed_at_all_is_an_error(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"a{ending}"
-    path.write_bytes(lines_of(ROWS))
-    assert count_until_error(path, DAMAGED) == 0
-    path.write_bytes(COMPRESS[ending](lines_of(ROWS)) + b"something else")
-    assert count_until_error(path, DAMAGED) <= len(ROWS)
+def test_what_is_not_compressed_at_all_is_damage(tmp_path: Path, ending: str) -> None:
+    other = zstd if ending.endswith("gz") else gzip.compress
+    for data in (lines_of(ROWS), other(lines_of(ROWS)), b"\0" * 1_000, b"PK\x03\x04 and so on", b"\n"):
+        assert damage_of(put_raw(tmp_path, ending, data))[0] == []
+    for tail in (b"something else", b"x", b"\x1f", b"\x1f\x8b", b"\x28\xb5\x2f", b"\0\0\0x"):
+        texts, _ = damage_of(put_raw(tmp_path, ending, COMPRESS[ending](lines_of(ROWS)) + tail))
+        assert is_prefix(texts, ROWS)
 
 
-@given(cuts=st.lists(st.integers(0, 10**6), max_size=5), skippable=st.booleans())
-def test_zstd_of_several_frames(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], skippable: bool) -> None:
+@given(cuts=st.lists(st.integers(0, 10**6), max_size=5), skippable=st.booleans(), data=st.data())
+def test_zstd_of_several_frames(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], skippable: bool, data: st.DataObject) -> None:
     """Frames may end anywhere, inside a line or a character, and may be empty; pzstd puts skippable frames between."""
-    data = lines_of(ROWS)
-    bounds = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    pieces = [data[start:stop] for start, stop in zip(bounds, [*bounds[1:], len(data)], strict=True)]  # the last is empty
-    between = b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip" if skippable else b""
-    frames = [between + zstandard.ZstdCompressor().compress(piece) for piece in pieces]
-    path = tmp_path_factory.mktemp("frames") / "documents.jsonl.zst"
-    path.write_bytes(b"".join(frames))
-    assert list(read_documents(path)) == DOCUMENTS
-    path.write_bytes(b"".join(frames)[:-1])
-    count_until_error(path, DAMAGED)
+    lines = lines_of(ROWS)
+    bounds = sorted({0, len(lines), *(cut % (len(lines) + 1) for cut in cuts)})
+    pieces = [lines[start:stop] for start, stop in zip(bounds, [*bounds[1:], len(lines)], strict=True)]  # the last is empty
+    between = b"\x5a\x2a\x4d\x18\x04\x00\x00\x00skip" if skippable else b""
+    frames = [between + data.draw(st.sampled_from([zstd, COMPRESS[".jsonl.zst"]]))(piece) for piece in pieces] + [between]
+    whole = b"".join(frames)
+    directory = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "RAW_BYTES", data.draw(st.sampled_from([1, 3, 1 << 20])))
+        assert documents(put_raw(directory, ".jsonl.zst", whole)) == DOCUMENTS
+        damage_of(put_raw(directory, ".jsonl.zst", whole[:-1]))
+
+
+@pytest.mark.parametrize("level", [-5, 1, 3, 19])
+def test_zstd_frames_of_every_kind_of_block(tmp_path: Path, level: int) -> None:
+    """Raw, repeated and compressed blocks, with and without sizes and checksums, are walked over as the library does."""
+    source = random.Random(level)
+    contents = source.randbytes(300_000) + b"a" * 400_000 + json.dumps(ROWS).encode() * 500
+    for size in (0, 1, 255, 256, 300_000, 66_000, len(contents)):
+        for checksum in (False, True):
+            compressor = zstandard.ZstdCompressor(level, write_checksum=checksum)
+            streamed = compressor.compressobj()  # does not know the size
+            for frame in (compressor.compress(contents[:size]), streamed.compress(contents[:size]) + streamed.flush()):
+                for raw, complete in ((frame, True), (frame + frame[:-1], False), (frame[:-1], False)):
+                    file = put_raw(tmp_path, ".jsonl.zst", raw)
+                    with inputs.RawFile(file) as handle:
+                        walked = inputs._WalkedFile(handle)
+                        while walked.read(1_000):
+                            pass
+                        assert walked.complete == complete
 
 
 def test_zstd_without_a_content_size(tmp_path: Path) -> None:
@@ -267,105 +697,226 @@ def test_zstd_without_a_content_size(tmp_path: Path) -> None:
         for row in ROWS:
             writer.write(lines_of([row]))
             writer.flush(zstandard.FLUSH_BLOCK)
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(buffer.getvalue())
-    assert list(read_documents(path)) == DOCUMENTS
+    assert documents(put_raw(tmp_path, ".jsonl.zst", buffer.getvalue())) == DOCUMENTS
 
 
-def test_gzip_of_several_members(tmp_path: Path) -> None:
+def test_a_zstd_window_too_large_for_the_memory(tmp_path: Path) -> None:
+    for log, fits in ((27, True), (28, False)):
+        parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=log)
+        streamed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        file = put_raw(tmp_path, ".jsonl.zst", streamed.compress(lines_of(ROWS)) + streamed.flush())
+        if fits:
+            assert documents(file) == DOCUMENTS
+        else:
+            assert "zstd --long" in damage_of(file)[1]
+
+
+@given(cuts=st.lists(st.integers(0, 10**6), max_size=5), zeros=st.sampled_from([0, 1, 512, 9_000]), piece=st.sampled_from([30, 1 << 20]))
+def test_gzip_of_several_members(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], zeros: int, piece: int) -> None:
     data = lines_of(ROWS)
-    path = tmp_path / "a.json.gz"
-    path.write_bytes(gzip.compress(data[:70]) + gzip.compress(b"") + gzip.compress(data[70:]))
-    assert list(read_documents(path)) == DOCUMENTS
+    bounds = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    members = [gzip.compress(data[start:stop]) for start, stop in zip(bounds, [*bounds[1:], len(data)], strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "RAW_BYTES", piece)
+        directory = tmp_path_factory.getbasetemp()
+        assert documents(put_raw(directory, ".json.gz", b"".join(members) + bytes(zeros))) == DOCUMENTS
+        assert documents(put_raw(directory, ".json.gz", bytes(zeros).join(members))) == DOCUMENTS
+        damage_of(put_raw(directory, ".json.gz", b"".join(members)[:-1]))
 
 
-def test_every_cut_of_a_parquet_file_is_an_error(tmp_path: Path) -> None:
-    path = put_parquet(tmp_path, {"text": [f"document {number}" for number in range(50)]})
-    whole = path.read_bytes()
+def test_gzip_headers_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "RAW_BYTES", 7)  # headers come in pieces
+    data = lines_of(ROWS)
+    plain = gzip.compress(data)
+    parts = {4: b"\x03\x00abc", 8: b"name\0", 16: b"comment\0"}
+    for flags in range(0, 32, 2):
+        header = plain[:3] + bytes([flags]) + plain[4:10] + b"".join(extra for flag, extra in parts.items() if flags & flag)
+        header += (zlib.crc32(header) & 0xFFFF).to_bytes(2, "little") if flags & 2 else b""
+        assert gzip.decompress(header + plain[10:]) == data
+        assert documents(put_raw(tmp_path, ".json.gz", (header + plain[10:]) * 2)) == DOCUMENTS * 2
+
+
+def test_every_cut_of_a_parquet_file_is_damage(tmp_path: Path) -> None:
+    file = put_parquet(tmp_path, {"text": [f"document {number}" for number in range(50)]})
+    whole = Path(file.name).read_bytes()
     for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        assert count_until_error(path, "not a Parquet file") == 0
+        texts, damage = damage_of(put_raw(tmp_path, ".parquet", whole[:length]))
+        assert texts == []
+        assert "not a Parquet file" in damage
 
 
-def test_damage_inside_a_parquet_file_is_an_input_error(tmp_path: Path) -> None:
-    """Parquet has no checksums by default, so not all damage shows; what shows is an InputError and nothing else."""
-    path = tmp_path / "documents.parquet"
-    table = pa.table({"text": [f"document {number} " * 9 for number in range(4_000)]})
-    pq.write_table(table, path, compression="zstd", use_dictionary=False, row_group_size=1_000)
-    whole = path.read_bytes()
-    messages = []
+def test_damage_inside_a_parquet_file_shows_as_damage_only(tmp_path: Path) -> None:
+    """Parquet has no checksums by default, so not all damage shows; what shows is damage and nothing else."""
+    texts = [f"document {number} " * 9 for number in range(4_000)]
+    file = put_parquet(tmp_path, {"text": texts}, compression="zstd", use_dictionary=False, row_group_size=1_000)
+    whole = Path(file.name).read_bytes()
+    kept = []
     for at in range(4, len(whole), len(whole) // 150):
-        path.write_bytes(whole[:at] + bytes(byte ^ 0x5A for byte in whole[at : at + 8]) + whole[at + 8 :])
-        try:
-            list(read_documents(path))
-        except InputError as error:
-            messages.append(str(error))
-    assert len(messages) > 20
-    assert all(message.startswith(f"{path}: ") for message in messages)
+        file = put_raw(tmp_path, ".parquet", whole[:at] + bytes(byte ^ 0x5A for byte in whole[at : at + 8]) + whole[at + 8 :])
+        reader = PartReader(file, SKIP)
+        found = [text for block in reader for text in block.texts]
+        if reader.damage:
+            assert damage_of(file)[0] == found
+            kept.append(len(found))
+    assert len(kept) > 20
+    assert len(set(kept)) > 3  # rows before the damage are kept
+
+
+def test_parquet_that_gives_fewer_rows_than_it_says_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(pq.ParquetFile):  # type: ignore[misc]
+        def iter_batches(self, *arguments: Any, **options: Any) -> Any:
+            return list(super().iter_batches(*arguments, **options))[:-1]
+
+    monkeypatch.setattr(pq, "ParquetFile", Short)
+    file = put_parquet(tmp_path, {"text": [f"document {number}" for number in range(200)]})
+    texts, damage = damage_of(file)
+    assert len(texts) == readers.DICTIONARY_ROWS
+    assert damage.endswith("row group 0 gave 128 rows; expected 200")
 
 
 def test_a_parquet_file_without_the_column_says_what_it_has(tmp_path: Path) -> None:
-    path = put_parquet(tmp_path, {"content": ["a"], "url": ["b"]})
-    assert count_until_error(path, "no column 'text'; found content, url") == 0
+    file = put_parquet(tmp_path, {"content": ["a"], "url": ["b"]})
+    for options in (SKIP, FAIL):
+        with pytest.raises(InputError, match=re.escape(f"{file.name}: no column 'text'; found content, url. Set corpus.text_field")):
+            list(PartReader(file, options))
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, file.name)
+    with pytest.raises(InputError, match="2 column 'text'"):
+        list(PartReader(InputFile(file.name, Path(file.name).stat().st_size), SKIP))
 
 
 @pytest.mark.parametrize("ending", [*COMPRESS, ".parquet"])
-def test_a_file_that_went_away_is_an_input_error(tmp_path: Path, ending: str) -> None:
-    assert count_until_error(tmp_path / f"gone{ending}", DAMAGED) == 0
+def test_a_file_that_went_away_is_an_error(tmp_path: Path, ending: str) -> None:
+    file = InputFile(str(tmp_path / f"gone{ending}"), 100)
+    with pytest.raises(InputError, match=re.escape(f"{file.name}: cannot be opened")):
+        list(PartReader(file, SKIP))
 
 
-# --- finding files -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_a_file_that_changed_is_an_error(tmp_path: Path, ending: str, difference: int) -> None:
+    file = put(tmp_path, ending, lines_of(ROWS))
+    with pytest.raises(InputError, match=r"it changed meanwhile"):
+        list(PartReader(InputFile(file.name, file.bytes + difference), SKIP))
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    for name in ("b.jsonl", "a.json.gz", "deep/c.parquet", "deep/d.jsonl.zst", "notes.txt", "deep/[x].jsonl"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-    return tmp_path
+@pytest.mark.parametrize("ending", [*COMPRESS, ".parquet"])
+def test_a_failing_disk_is_an_error_and_no_damage(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = random.Random(4)
+    texts = [source.randbytes(1_000).hex() for _ in range(3_000)]
+    file = put_parquet(tmp_path, {"text": texts}) if ending == ".parquet" else put(tmp_path, ending, lines_of([{"text": t} for t in texts]))
+
+    class Failing(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if 1_000_000 < self.tell() < file.bytes - 100_000:
+                raise OSError(5, "Input/output error")
+            return super().read(-1 if size is None else size)
+
+        def readinto(self, view: Any, /) -> int:
+            if 1_000_000 < self.tell() < file.bytes - 100_000:
+                raise OSError(5, "Input/output error")
+            return super().readinto(view)
+
+    monkeypatch.setattr(inputs, "open_raw", lambda file: Failing(file.name))
+    with pytest.raises(InputError, match=re.escape(f"{file.name}: cannot be read: EIO")):
+        list(PartReader(file, SKIP))
 
 
-def found_in(tree: Path, *patterns: str) -> list[str]:
-    return [str(path.relative_to(tree)) for path in find_inputs([str(tree / pattern) for pattern in patterns])]
+def test_reading_may_stop_early_and_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
+    for ending in COMPRESS:
+        reader = PartReader(put(tmp_path, ending, lines_of(ROWS) + b"bad\n"), SKIP)
+        next(iter(reader))
+        assert reader.sha256 is None
+        for _ in range(2):
+            assert [text for block in reader for text in block.texts] == [row["text"] for row in ROWS]
+            assert (reader.lines, reader.damage) == (len(ROWS) + 1, None)
 
 
-def test_files_are_found_in_the_order_given(tree: Path) -> None:
-    assert found_in(tree, "b.jsonl", "a.json.gz") == ["b.jsonl", "a.json.gz"]
-    assert found_in(tree, ".") == ["a.json.gz", "b.jsonl", "deep/[x].jsonl", "deep/c.parquet", "deep/d.jsonl.zst"]
-    assert found_in(tree, "deep", "[ab].*") == [
-        "deep/[x].jsonl",
-        "deep/c.parquet",
-        "deep/d.jsonl.zst",
-        "a.json.gz",
-        "b.jsonl",
-    ]
-    assert found_in(tree, "**/*.parquet", "*.jsonl") == ["deep/c.parquet", "b.jsonl"]
-    assert found_in(tree, "deep/[x].jsonl") == ["deep/[x].jsonl"]
+# --- memory --------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, resource, sys, time
+from mates.preprocess.readers import InputFile, PartReader, ReadOptions
+import pyarrow.parquet
+import os
+name, options = sys.argv[1], json.loads(sys.argv[2])
+reader = PartReader(InputFile(name, os.path.getsize(name)), ReadOptions(**options))
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+documents, dropped = 0, {}
+for block in reader:
+    documents += len(block.texts)
+    for reason, count in block.dropped.items():
+        dropped[reason] = dropped.get(reason, 0) + count
+after, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - start
+print(json.dumps([documents, dropped, reader.damage, (after - before) / 1024, seconds]))
+"""
 
 
-def test_no_match_is_an_error_naming_the_pattern(tree: Path) -> None:
-    (tree / "empty").mkdir()
-    for pattern in ("none.jsonl", "*.arrow", "none/"):
-        with pytest.raises(InputError, match=re.escape(str(tree / pattern))):
-            found_in(tree, "b.jsonl", pattern)
-    with pytest.raises(InputError, match=re.escape(f"{tree / 'empty'}: no file ending in .json.gz")):
-        found_in(tree, "empty")
+def measure(path: Path, **options: object) -> tuple[int, dict[str, int], str | None, float, float]:
+    """Documents, drops, damage, MiB of memory and CPU seconds of reading a file in a process of its own."""
+    command = [sys.executable, "-P", "-c", MEASURE, str(path), json.dumps(options)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    return found[0], found[1], found[2], found[3], found[4]
 
 
-def test_an_unknown_suffix_is_an_error(tree: Path) -> None:
-    for pattern in ("notes.txt", "*"):
-        with pytest.raises(InputError, match=r"unknown form; expected a name ending in \.json\.gz"):
-            found_in(tree, pattern)
+def write_stream(path: Path, chunks: list[tuple[bytes, int]]) -> None:
+    """Write repeated chunks compressed, without holding them."""
+    opener: Any = partial(gzip.open, compresslevel=1) if path.name.endswith("gz") else zstandard.open
+    with opener(path, "wb") as handle:
+        for chunk, times in chunks:
+            for _ in range(times):
+                handle.write(chunk)
 
 
-def test_a_file_named_twice_is_an_error(tree: Path) -> None:
-    (tree / "link.jsonl").symlink_to(tree / "b.jsonl")
-    for patterns in (
-        ["b.jsonl", "b.jsonl"],
-        ["b.jsonl", "*.jsonl"],
-        [".", "deep/../b.jsonl"],
-        ["b.jsonl", "link.jsonl"],
-    ):
-        with pytest.raises(InputError, match=r"b\.jsonl: named more than once"):
-            found_in(tree, *patterns)
+MIB = b"a" * (1 << 20)
+
+
+@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.zst"])
+def test_a_line_of_100_megabytes_is_passed_over_in_bounded_memory(tmp_path: Path, ending: str) -> None:
+    good = b'{"text": "good"}\n'
+    path = tmp_path / f"a{ending}"
+    write_stream(path, [(good, 1), (b'{"text": "', 1), (MIB, 100), (b'"}\n', 1), (good, 2)])
+    documents, dropped, damage, memory, _ = measure(path, max_expansion=100_000)
+    assert (documents, dropped, damage) == (3, {"too long": 1}, None)
+    assert memory < 80, f"{memory} MiB"  # 32 of the line, 4 more at a time, and a copy when that grows
+    *_, memory, _ = measure(path, max_expansion=100_000, max_document_bytes=1 << 20)
+    assert memory < 30, f"{memory} MiB"
+
+
+@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.zst"])
+def test_a_decompression_bomb_is_refused_early(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending}"
+    good = b'{"text": "good"}\n'
+    write_stream(path, [(good, 1), (MIB, 32)])
+    size = path.stat().st_size
+    with path.open("ab") as handle:  # repeated to 10 MB, many GB in all
+        raw = path.read_bytes()
+        for _ in range(10_000_000 // size):
+            handle.write(raw)
+    documents, dropped, damage, memory, seconds = measure(path)
+    assert documents == 1
+    assert set(dropped) == {"too long"}
+    assert damage is not None
+    assert "decompression bomb" in damage
+    assert memory < 80, f"{memory} MiB"
+    assert seconds < 5
+
+
+def test_what_compresses_well_is_no_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    row = b'{"text": "' + b"good " * 200 + b'"}\n'
+    write_stream(path, [(row, 40_000)])  # 40 MB in a few KB
+    documents, dropped, damage, memory, _ = measure(path)
+    assert (documents, dropped, damage) == (40_000, {}, None)
+    assert memory < 60, f"{memory} MiB"
+
+
+def test_repeated_texts_in_parquet_take_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pa.DictionaryArray.from_arrays([0] * 1_000, ["x" * 900_000])
+    pq.write_table(pa.table({"text": texts}), path)
+    assert path.stat().st_size < 3_000_000
+    documents, dropped, damage, memory, _ = measure(path)
+    assert (documents, dropped, damage) == (1_000, {}, None)
+    assert memory < 400, f"{memory} MiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -15,17 +16,22 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+import zstandard
+from conftest import shared
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.implementations import ByteLevelBPETokenizer
 
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactMismatchError, Manifest
 from mates.preprocess.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
+    SpecialTokenText,
     Tokenizer,
     TokenizerError,
     load_tokenizer,
+    looks_like_path,
     make_tokenizer,
     open_tokenizer,
 )
@@ -42,6 +48,7 @@ def make(
     vocab_size: int = 500,
     train_bytes: int = 1_000_000,
     end_of_document: str | None = None,
+    special_token_text: SpecialTokenText = "text",
 ) -> Manifest:
     return make_tokenizer(
         directory,
@@ -52,6 +59,7 @@ def make(
         end_of_document=end_of_document,
         texts=texts,
         inputs={"documents": "made up"},
+        special_token_text=special_token_text,
     )
 
 
@@ -173,8 +181,6 @@ def test_vocabulary_counts_ids_with_gaps(tmp_path: Path, bpe_dir: Path) -> None:
 def test_transformers_reads_the_artifacts_folder(kind: str, request: pytest.FixtureRequest, texts: list[str]) -> None:
     from transformers import AutoTokenizer
 
-    if kind == "sentencepiece":
-        pytest.importorskip("google.protobuf", reason="transformers needs protobuf to read a sentencepiece model; it is not installed")
     directory: Path = request.getfixturevalue(f"{kind}_dir")
     ours, manifest = open_tokenizer(directory)
     theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -182,6 +188,19 @@ def test_transformers_reads_the_artifacts_folder(kind: str, request: pytest.Fixt
     assert theirs.eos_token_id == ours.end_of_document == manifest.info["end_of_document"]
     assert len(theirs) == ours.vocab_size == manifest.info["vocab_size"]
     for text in texts[:50]:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids_of(ours, text)
+
+
+@pytest.mark.parametrize("name", ["t5", "sentencepiece-test", "gpt2", "bert-base-uncased"])
+def test_transformers_reads_artifacts_of_well_known_tokenizers(tmp_path: Path, name: str, c4_file: Path) -> None:
+    from transformers import AutoTokenizer
+
+    made = make(tmp_path, path=shared(f"tokenizers/{name}"))
+    ours, _ = open_tokenizer(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert len(theirs) == ours.vocab_size == made.info["vocab_size"]
+    assert theirs.eos_token_id == ours.end_of_document
+    for text in [*real_texts(c4_file, 100), *odd_texts]:
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids_of(ours, text)
 
 
@@ -227,6 +246,178 @@ def test_literal_special_tokens_with_gpt_neox(neox: Tokenizer, neox_tokenizer: P
 def test_gpt_neox_gives_back_every_text_in_normal_form(neox: Tokenizer, text: str) -> None:
     """Unicode's normal form C, which this tokenizer's own normalizer makes."""
     assert neox.decode(ids_of(neox, text)) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("policy", ["text", "special"])
+def test_the_policy_for_special_token_text(bpe_dir: Path, neox_tokenizer: Path, policy: SpecialTokenText) -> None:
+    for directory in (bpe_dir, neox_tokenizer):
+        library = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        library.encode_special_tokens = policy == "text"
+        tokenizer = load_tokenizer(directory, special_token_text=policy)
+        for text in (END, f"a{END}b {END}", f"{END}{END}", "<|endoftext", "plain"):
+            assert ids_of(tokenizer, text) == library.encode(text).ids
+            assert ids_of(tokenizer, text).count(tokenizer.end_of_document) == (text.count(END) if policy == "special" else 0)
+            assert tokenizer.decode(ids_of(tokenizer, text)) == (text.replace(END, "") if policy == "special" else text)
+    assert isinstance(load_tokenizer(bpe_dir), HuggingFaceTokenizer)
+    opened, _ = open_tokenizer(bpe_dir, special_token_text=policy)
+    assert (opened.end_of_document in ids_of(opened, END)) == (policy == "special")
+
+
+def test_under_special_the_end_of_documents_may_come_from_text(tmp_path: Path) -> None:
+    word_level("</s>", special=False).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="the text '</s>' is encoded as this token"):
+        make(tmp_path / "text", path=tmp_path / "tokenizer.json")
+    make(tmp_path / "special", path=tmp_path / "tokenizer.json", special_token_text="special")
+    tokenizer, _ = open_tokenizer(tmp_path / "special", special_token_text="special")
+    assert ids_of(tokenizer, "a </s> b") == [0, 3, 1]
+    assert tokenizer.decode([0, 3, 1]) == "a b"
+    with pytest.raises(TokenizerError, match="the text '</s>' is encoded as this token"):
+        open_tokenizer(tmp_path / "special")
+
+
+def test_sentencepiece_knows_no_special_text(sentencepiece_dir: Path) -> None:
+    for load in (
+        lambda: load_tokenizer(sentencepiece_dir, None, "special"),
+        lambda: open_tokenizer(sentencepiece_dir, special_token_text="special"),
+    ):
+        with pytest.raises(TokenizerError, match=r'corpus\.special_token_text: found "special", but .*tokenizer\.model .* set "text"'):
+            load()
+
+
+# --- vocabulary files ----------------------------------------------------------------------------------------------
+
+odd_texts = [
+    "",
+    " ",
+    "\0 a\r\n\tb",
+    "e\u0301 \xe9 \xc9T\xc9",
+    "\u65e5\u672c\u8a9e \U0001f468\u200d\U0001f469",
+    "don't DON\u2019T",
+    "12345 \xb2",
+    "\ufffd\ufeff",
+]
+
+
+def real_texts(file: Path, count: int) -> list[str]:
+    with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as data:
+        return [json.loads(line)["text"] for line, _ in zip(io.TextIOWrapper(data, encoding="utf-8"), range(count), strict=False)]
+
+
+def as_vocabulary_files(bpe_dir: Path, vocabulary: Path, merges: Path) -> None:
+    model = json.loads((bpe_dir / "tokenizer.json").read_text())["model"]
+    vocabulary.write_text(json.dumps(model["vocab"]))
+    lines = [item if isinstance(item, str) else " ".join(item) for item in model["merges"]]
+    merges.write_text("\n".join(["#version: 0.2", *lines, ""]))
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("gpt2-vocab.json", "gpt2-merges.txt")])
+def test_vocabulary_files_of_gpt2s_kind(tmp_path: Path, bpe_dir: Path, texts: list[str], names: tuple[str, str]) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    as_vocabulary_files(bpe_dir, mine / names[0], mine / names[1])
+    library = tokenizers.Tokenizer.from_file(str(bpe_dir / "tokenizer.json"))
+    library.encode_special_tokens = True
+    for number, path in enumerate((mine, mine / names[0], mine / names[1])):
+        loaded = load_tokenizer(path)
+        assert [ids_of(loaded, text) for text in [*texts[:50], *odd_texts, END]] == [
+            library.encode(text).ids for text in [*texts[:50], *odd_texts, END]
+        ]
+        assert (loaded.end_of_document, loaded.vocab_size) == (0, 500)
+        assert loaded.decode([*ids_of(loaded, f"a {END}"), 0]) == f"a {END}"
+        made = make(tmp_path / str(number), path=path)
+        assert made.info["file"] == "tokenizer.json"
+        opened, _ = open_tokenizer(tmp_path / str(number))
+        assert [ids_of(opened, text) for text in texts[:50]] == [ids_of(loaded, text) for text in texts[:50]]
+    before = times(tmp_path / "0")
+    make(tmp_path / "0", path=mine)
+    assert times(tmp_path / "0") == before
+    (mine / names[1]).write_text((mine / names[1]).read_text() + "\n")
+    with pytest.raises(ArtifactMismatchError, match=f"input {names[1]}"):
+        make(tmp_path / "0", path=mine)
+
+
+def test_gpt2_is_as_its_library_reads_it(c4_file: Path) -> None:
+    folder = shared("tokenizers/gpt2")
+    theirs = ByteLevelBPETokenizer.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    ours = load_tokenizer(folder)
+    assert (ours.vocab_size, ours.end_of_document) == (50_257, 50_256)
+    for text in [*real_texts(c4_file, 50), *odd_texts, END]:
+        assert ids_of(ours, text) == theirs.encode(text).ids
+        assert ours.decode(ids_of(ours, text)) == text
+    assert ids_of(ours, "Hello world") == [15496, 995]  # as GPT-2's own encoder says
+    assert 50_256 in ids_of(load_tokenizer(folder, special_token_text="special"), f"a{END}")
+
+
+def test_bert_is_as_transformers_reads_it(tmp_path: Path, c4_file: Path) -> None:
+    from transformers import BertTokenizerFast
+
+    file = shared("tokenizers/bert-base-uncased/vocab.txt")
+    shutil.copy(file, tmp_path)  # the reference is read of a folder: BertTokenizerFast(vocab_file=...) gives wrong ids
+    texts = [*real_texts(c4_file, 100), *odd_texts, "Unaffable, na\xefve \u4e2d\u6587 ##ing"]
+    for config in ({}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False}, {"tokenize_chinese_chars": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        theirs = BertTokenizerFast.from_pretrained(tmp_path, local_files_only=True)
+        ours = load_tokenizer(tmp_path)
+        assert [ids_of(ours, text) for text in texts] == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ours = load_tokenizer(file)
+    assert (ours.vocab_size, ours.end_of_document) == (30_522, 102)
+    assert ids_of(ours, "Hello world") == [7592, 2088]
+    assert not {100, 101, 102, 103} & set(ids_of(ours, "[CLS] a [SEP] [MASK] [UNK]"))
+    special = load_tokenizer(file, special_token_text="special")
+    assert ids_of(special, "[CLS] a [SEP]") == [101, 1037, 102]
+    assert special.decode([101, 7592, 2088, 102]) == "hello world"
+
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused1]", "a", "##b", "ab", "\xe9", "e"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "text", "expected"),
+    [
+        ([], None, "A aB \xc9", ["a", "ab", "e"]),  # no upper case in the vocabulary: lower-cased, accents stripped
+        (["A"], None, "A aB \xe9", ["A", "[UNK]", "\xe9"]),
+        (["A"], {"do_lower_case": True}, "A aB", ["a", "ab"]),
+        ([], {"do_lower_case": False}, "A a", ["[UNK]", "a"]),
+        ([], {"strip_accents": False}, "\xc9", ["\xe9"]),
+        ([], None, "[SEP] a [unused1]", ["[UNK]", "[UNK]", "[UNK]", "a", "[UNK]", "[UNK]", "[UNK]"]),
+    ],
+)
+def test_vocabulary_files_of_berts_kind(
+    tmp_path: Path, extra: list[str], config: dict[str, bool] | None, text: str, expected: list[str]
+) -> None:
+    pieces = [*PIECES, *extra]
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    make(tmp_path / "made", path=tmp_path)
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "vocab.txt"), open_tokenizer(tmp_path / "made")[0]):
+        assert [pieces[number] for number in ids_of(tokenizer, text)] == expected
+        assert (tokenizer.end_of_document, tokenizer.vocab_size) == (3, len(pieces))
+
+
+@pytest.mark.parametrize(("name", "end", "size"), [("t5", 1, 32_000), ("sentencepiece-test", 2, 1_000)])
+def test_well_known_sentencepiece_models(tmp_path: Path, name: str, end: int, size: int, c4_file: Path) -> None:
+    folder = shared(f"tokenizers/{name}")
+    (file,) = folder.glob("*.model")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    made = make(tmp_path, path=file)
+    for ours in (load_tokenizer(folder), load_tokenizer(file), open_tokenizer(tmp_path)[0]):
+        assert (ours.end_of_document, ours.vocab_size) == (end, size) == (theirs.eos_id(), theirs.get_piece_size())
+        for text in [*real_texts(c4_file, 50), *odd_texts, "a</s>b"]:
+            assert ids_of(ours, text) == theirs.encode(text)
+            assert end not in ids_of(ours, text)
+    assert made.info["end_of_document_text"] == "</s>"
+
+
+def test_the_forms_of_a_folder_have_an_order(tmp_path: Path, bpe_dir: Path, sentencepiece_dir: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES), encoding="utf-8")
+    assert load_tokenizer(tmp_path).vocab_size == len(PIECES)
+    as_vocabulary_files(bpe_dir, tmp_path / "vocab.json", tmp_path / "merges.txt")
+    assert load_tokenizer(tmp_path).vocab_size == 500
+    shutil.copy(sentencepiece_dir / "tokenizer.model", tmp_path / "spiece.model")
+    assert load_tokenizer(tmp_path).vocab_size == 600
+    word_level(END).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).vocab_size == 4
 
 
 # --- the end-of-document token -------------------------------------------------------------------------------------
@@ -344,9 +535,13 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
             load_tokenizer(path)
 
     refused(tmp_path / "none.json", "no such tokenizer file")
-    refused(tmp_path, r"holds neither tokenizer\.json nor a sentencepiece \.model")
+    refused(tmp_path, r"holds none of tokenizer\.json, a sentencepiece \.model, vocab\.json with")
     for name, data, message in (
-        ("vocab.txt", b"a\nb", "unknown form; expected tokenizer.json or a sentencepiece .model"),
+        ("words.txt", b"a\nb", "unknown form; expected tokenizer.json, a sentencepiece .model, vocab.json with merges.txt"),
+        ("vocab.txt", b"a\nb", r"not a WordPiece vocabulary of BERT's kind: it lacks \[UNK\], \[CLS\], \[SEP\]"),
+        ("other-vocab.txt", b"\xff\n", "this file or its tokenizer_config.json cannot be read"),
+        ("merges.txt", b"", "a BPE vocabulary is two files, and there is no .*vocab.json"),
+        ("encoder.json", b"{}", "a BPE vocabulary is two files, and there is no .*vocab.bpe"),
         ("broken.json", b'{"model": ', "not a tokenizer.json of the tokenizers library"),
         ("other.json", b"{}", "not a tokenizer.json of the tokenizers library"),
         ("empty.json", b"", "not a tokenizer.json of the tokenizers library"),
@@ -355,9 +550,29 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / name, message)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    for data, message in ((b'{"a": 0}', "not a BPE vocabulary that fits"), (b"[", "not a BPE vocabulary that fits")):
+        (tmp_path / "vocab.json").write_bytes(data)
+        refused(tmp_path / "vocab.json", message)
+    for data, message in (
+        (b'{"a": 0, "b": 1, "ab": 2}', "found 2 of the 256 .* without </w>"),
+        (b'{"a": 0, "b": 1, "ab": 2, "c</w>": 3}', "with </w>"),
+    ):
+        (tmp_path / "vocab.json").write_bytes(data)
+        refused(tmp_path / "vocab.json", "not GPT-2's kind of BPE: " + ".*" + message)
 
 
-@pytest.mark.parametrize("name", ["./gone", "/gone/tokenizer.json", "gone.model", "gone.json", "a/b/c"])
+def test_what_looks_like_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("./x", "../x", "/x/y", "~/x", "a/b/c", "a/b.json", "b.model", "vocab.txt", "vocab.bpe", str(tmp_path)):
+        assert looks_like_path(name)
+    for name in ("gpt2", "EleutherAI/pythia-1b", "google-bert/bert-base-uncased", "t5-v1.1"):
+        assert not looks_like_path(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EleutherAI" / "pythia-1b").mkdir(parents=True)
+    assert looks_like_path("EleutherAI/pythia-1b")
+
+
+@pytest.mark.parametrize("name", ["./gone", "~/gone", "/gone/tokenizer.json", "gone.model", "gone.json", "vocab.txt", "a/b/c"])
 def test_a_path_that_is_not_there_is_not_asked_of_the_model_hub(tmp_path: Path, name: str) -> None:
     with pytest.raises(TokenizerError, match=re.escape(f"tokenizer.path: {name}: no such file or folder")):
         make(tmp_path, path=name)

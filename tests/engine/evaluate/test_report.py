@@ -190,9 +190,9 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_matplotlib_alone(complete:
 
 def test_undefined_agreement_is_said_in_words(recipe: Recipe) -> None:
     directory = layout_of(recipe).influence_model("mates", 2)
-    manifest = artifact.read_json(directory / artifact.MANIFEST_NAME)
-    manifest["info"]["agreement"]["test"] = {"spearman": None, "pearson": None}
-    artifact.write_json(directory / artifact.MANIFEST_NAME, manifest)
+    made = artifact.load(directory)
+    info = dict(made.info) | {"agreement": made.info["agreement"] | {"test": {"spearman": None, "pearson": None}}}
+    artifact.commit(directory, kind=made.kind, settings=made.settings, inputs=made.inputs, info=info, cost=made.cost, files=made.files)
     words = Page(write_report(recipe).read_text(encoding="utf-8")).words
     assert "Spearman not defined (too few samples, or all alike), Pearson not defined" in words
     assert "None" not in words

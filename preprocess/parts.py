@@ -1,0 +1,315 @@
+"""One part of one input file, tokenized: the unit that is done, recorded and done again.
+
+A part's documents go to files of its own in the folder of unfinished work (for each split ``tokens.bin`` and the documents' lengths,
+and a Parquet file of what is known of each document). Its record, a JSON file written last, says that they are whole. What a part
+holds depends on the input and the settings alone, never on which process wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError
+from mates.preprocess.encode import CheckedEngine, Engine
+from mates.preprocess.features import NGRAM_BUCKETS, Feature, feature_columns, feature_schema
+from mates.preprocess.indexed import token_dtype
+from mates.preprocess.inputs import InputFile
+from mates.preprocess.readers import Block, PartReader, ReadOptions
+from mates.preprocess.workers import Stop, StoppedError
+
+SPLITS = ("train", "pool", "holdout")
+ROW_GROUP = 65_536  # documents
+HASH_SPACE = 2.0**64
+
+Ids = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitShares:
+    """Which share of documents goes to the pool and the holdout corpus; the rest is trained on."""
+
+    pool: float
+    holdout: float
+    seed: int
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The corpora that get documents at all."""
+        return tuple(split for split, share in zip(SPLITS, (1.0, self.pool, self.holdout), strict=True) if share > 0)
+
+    def hash_of(self, encoded: bytes) -> int:
+        """XXH3-64 of a text in UTF-8, keyed by the seed. It says where a document goes, so equal texts go to the same corpus."""
+        return xxhash.xxh3_64_intdigest(encoded, self.seed)
+
+    def splits_of(self, hashes: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Numbers in ``SPLITS`` of documents with these hashes."""
+        position = np.array(hashes, np.uint64).astype(np.float64) / HASH_SPACE
+        return np.where(position < self.pool, 1, np.where(position < self.pool + self.holdout, 2, 0))
+
+    def split_of(self, text: str) -> str:
+        """The corpus of one document."""
+        return SPLITS[int(self.splits_of([self.hash_of(text.encode())])[0])]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Part ``index`` of ``of`` of an input file; ``number`` counts the parts of all files."""
+
+    number: int
+    file: InputFile
+    index: int
+    of: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitRecord:
+    """What a part gave to one corpus; ``sha256`` is of its tokens' bytes, ``metadata`` of its Parquet file."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    sha256: str
+    metadata_bytes: int
+    metadata_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartRecord:
+    """What became of a part. ``joined`` says that its files have been moved into the corpora."""
+
+    number: int
+    file: str
+    engine: str
+    documents: int
+    lines: int
+    dropped: Mapping[str, int]
+    rejects: Sequence[Mapping[str, Any]]
+    damage: str | None
+    input_sha256: str | None
+    splits: Mapping[str, SplitRecord]
+    seconds: float
+    joined: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSettings:
+    """What a part's contents depend on, besides the tokenizer."""
+
+    shares: SplitShares
+    reading: ReadOptions
+    features: tuple[Feature, ...]
+
+
+class PartFiles:
+    """Names in the folder of unfinished work."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._folder = folder
+        self._stem = f"{number:06d}"
+        self.record = folder / f"{self._stem}.json"
+
+    def tokens(self, split: str) -> Path:
+        """Token ids, end-of-document ids among them."""
+        return self._folder / f"{self._stem}-{split}.bin"
+
+    def lengths(self, split: str) -> Path:
+        """Tokens of each document, int32."""
+        return self._folder / f"{self._stem}-{split}.lengths"
+
+    def metadata(self, split: str) -> Path:
+        """One row a document."""
+        return self._folder / f"{self._stem}-{split}.parquet"
+
+    def ngrams(self, split: str) -> Path:
+        """Total hashed n-gram counts of the part's documents."""
+        return self._folder / f"{self._stem}-{split}.ngrams.npy"
+
+
+def write_record(files: PartFiles, record: PartRecord) -> None:
+    """Make a part count as done."""
+    artifact.write_json(files.record, asdict(record))
+
+
+def read_record(files: PartFiles, part: Part, engine: str | None) -> PartRecord | None:
+    """The record of a part that is done, or None: not done yet, or by another engine than the one asked for (None: any).
+
+    Raises:
+        ArtifactError: the record or a file it speaks of is damaged.
+    """
+    if not files.record.is_file():
+        return None
+    raw = artifact.read_json(files.record)
+    try:
+        record = PartRecord(**raw | {"splits": {name: SplitRecord(**value) for name, value in raw["splits"].items()}})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{files.record}: not a record of this version ({error!r}); remove {files.record.parent}") from error
+    if record.number != part.number or record.file != part.file.name or engine not in (None, record.engine):
+        return None
+    return record
+
+
+class _SplitWriter:
+    """A part's files of one split."""
+
+    def __init__(self, files: PartFiles, split: str, dtype: np.dtype[Any], schema: pa.Schema, stack: ExitStack) -> None:
+        self._tokens = stack.enter_context(artifact.atomic_file(files.tokens(split)))
+        self._lengths = stack.enter_context(artifact.atomic_file(files.lengths(split)))
+        self._metadata_path = files.metadata(split)
+        self._metadata_handle = stack.enter_context(artifact.atomic_file(self._metadata_path))
+        self._metadata = stack.enter_context(pq.ParquetWriter(self._metadata_handle, schema))
+        self._schema, self._held = schema, 0
+        self._batches: list[pa.RecordBatch] = []
+        self._digest = hashlib.sha256()
+        self._dtype = dtype
+        self.documents = self.sequences = self.tokens = 0
+
+    def write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], columns: list[pa.Array]) -> None:
+        data = ids.tobytes()
+        self._digest.update(data)
+        self._tokens.write(data)
+        self._lengths.write(lengths.tobytes())
+        self._batches.append(pa.record_batch(columns, schema=self._schema))
+        self._held += len(lengths)
+        self.documents += len(lengths)
+        self.sequences += int(np.count_nonzero(lengths))
+        self.tokens += len(ids)
+        if self._held >= ROW_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows held back: a row group a batch would be mostly headers."""
+        if self._batches:
+            self._metadata.write_table(pa.Table.from_batches(self._batches, schema=self._schema), row_group_size=ROW_GROUP)
+            self._batches.clear()
+            self._held = 0
+
+    def record(self) -> SplitRecord:
+        """To be called when the files are closed."""
+        return SplitRecord(
+            documents=self.documents,
+            sequences=self.sequences,
+            tokens=self.tokens,
+            sha256=self._digest.hexdigest(),
+            metadata_bytes=self._metadata_path.stat().st_size,
+            metadata_sha256=artifact.sha256_file(self._metadata_path),
+        )
+
+
+def with_ends(
+    ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64], end_of_document: int, dtype: np.dtype[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    """Put the end-of-document id after each document that has tokens, as Megatron does.
+
+    Args:
+        ids: [N], documents one after the other. offsets: [D + 1], where each begins.
+
+    Returns:
+        Ids in the dtype that they are stored in, and the number of tokens of each document [D].
+
+    Raises:
+        ValueError: an id that the dtype cannot hold; it would wrap silently.
+    """
+    lengths = np.diff(offsets)
+    if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
+        raise ValueError(f"token id {int(ids.max())} does not fit {dtype}")
+    lengths = lengths + (lengths > 0)
+    out = np.empty(int(lengths.sum()), dtype)
+    ends = np.cumsum(lengths)[lengths > 0] - 1
+    is_text = np.ones(len(out), bool)
+    is_text[ends] = False
+    out[is_text] = ids
+    out[ends] = end_of_document
+    return out, lengths.astype(np.int32)
+
+
+class PartWriter:
+    """Tokenizes parts into the folder of unfinished work; one object a process."""
+
+    def __init__(self, folder: Path, settings: PartSettings, engine: Engine, *, vocab_size: int, end_of_document: int, stop: Stop) -> None:
+        self._folder, self._settings, self._engine, self._stop = folder, settings, engine, stop
+        self._end_of_document = end_of_document
+        self._dtype = token_dtype(vocab_size)
+        metadata = [pa.field(name, pa.string()) for name in settings.reading.metadata_fields]
+        self._schema = pa.schema(metadata + feature_schema(settings.features))
+
+    def __call__(self, part: Part, progress: Callable[[int], None] = lambda documents: None) -> PartRecord:
+        """Write a part's files and its record.
+
+        Raises:
+            InputError: bad input, where it is not to be skipped. encode.EngineDifferenceError: the fast tokenizer is wrong.
+            artifact.DiskFullError: no space. StoppedError: asked to stop.
+        """
+        start = time.perf_counter()
+        files = PartFiles(self._folder, part.number)
+        reader = PartReader(part.file, self._settings.reading, part.index, part.of)
+        documents, dropped, rejects = 0, Counter[str](), []
+        splits = self._settings.shares.splits
+        ngrams = {split: np.zeros(NGRAM_BUCKETS, np.int64) for split in splits if "ngrams" in self._settings.features}
+        with ExitStack() as stack:
+            writers = {split: _SplitWriter(files, split, self._dtype, self._schema, stack) for split in splits}
+            for block in reader:
+                if self._stop.is_set():
+                    raise StoppedError
+                self._write_block(block, writers, ngrams)
+                documents += len(block.texts) + block.dropped.total()
+                dropped.update(block.dropped)
+                rejects += [{"line": item.line, "reason": item.reason, "excerpt": item.excerpt} for item in block.rejects]
+                progress(documents)
+            for writer in writers.values():
+                writer.flush()
+        for split, totals in ngrams.items():
+            artifact.write_array(files.ngrams(split), totals)
+        record = PartRecord(
+            number=part.number,
+            file=part.file.name,
+            engine=self._engine.name,
+            documents=documents,
+            lines=reader.lines,
+            dropped=dict(dropped),
+            rejects=rejects,
+            damage=reader.damage,
+            input_sha256=reader.sha256,
+            splits={split: writer.record() for split, writer in writers.items()},
+            seconds=time.perf_counter() - start,
+        )
+        write_record(files, record)
+        return record
+
+    def _write_block(self, block: Block, writers: dict[str, _SplitWriter], ngrams: dict[str, npt.NDArray[np.int64]]) -> None:
+        encoded = [text.encode() for text in block.texts]
+        hashes = [self._settings.shares.hash_of(item) for item in encoded]
+        split_of = self._settings.shares.splits_of(hashes)
+        for number, split in enumerate(SPLITS):
+            chosen = np.flatnonzero(split_of == number).tolist()
+            if not chosen:
+                continue
+            whole = len(chosen) == len(hashes)
+            texts = block.texts if whole else [block.texts[row] for row in chosen]
+            ids, offsets = self._encode(texts, hashes if whole else [hashes[row] for row in chosen])
+            columns = [pa.array(column if whole else [column[row] for row in chosen], pa.string()) for column in block.metadata]
+            if self._settings.features:
+                more, counts = feature_columns(self._settings.features, [encoded[row] for row in chosen], ids, offsets)
+                columns += more
+                if counts is not None:
+                    np.add.at(ngrams[split], counts.buckets, counts.counts)
+            stored, lengths = with_ends(ids, offsets, self._end_of_document, self._dtype)
+            writers[split].write(stored, lengths, columns)
+
+    def _encode(self, texts: list[str], hashes: list[int]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        if isinstance(self._engine, CheckedEngine):
+            return self._engine.encode(texts, hashes)
+        return self._engine.encode(texts)

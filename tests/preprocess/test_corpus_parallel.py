@@ -1,0 +1,431 @@
+"""One corpus made by many: workers, MPI ranks, killed processes and full disks leave the same bytes, or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mates.preprocess import artifact, encode
+from mates.preprocess.artifact import ArtifactError, DiskFullError, Manifest
+from mates.preprocess.corpus import SPLITS, CorpusError, CorpusSettings, SplitShares, make_corpora
+from mates.preprocess.encode import EngineDifferenceError
+from mates.preprocess.indexed import open_indexed
+from mates.preprocess.inputs import InputError, find_inputs
+from mates.preprocess.parts import PartFiles, PartRecord
+from mates.preprocess.ranks import RanksError, find_ranks
+from mates.preprocess.readers import ReadOptions
+from mates.preprocess.workers import Stop, WorkerDiedError, for_each
+
+SETTINGS = CorpusSettings(shares=SplitShares(pool=0.2, holdout=0.1, seed=5), reading=ReadOptions(), features=("length", "ngrams"))
+PART_BYTES = 80_000
+# what a test starts in a process of its own
+SCRIPT = """
+import sys
+from pathlib import Path
+from mates.preprocess.inputs import find_inputs
+from mates.preprocess.corpus import make_corpora
+from mates.preprocess.parts import PartFiles, PartRecord
+from mates.preprocess.ranks import MpiRanks, find_ranks
+from tests.preprocess.test_corpus_parallel import PART_BYTES, SETTINGS
+if __name__ == "__main__":
+    directory, inputs, tokenizer, workers, expected_ranks = sys.argv[1:]
+    ranks = find_ranks()
+    assert ranks.size == int(expected_ranks), (ranks.size, expected_ranks)
+    make_corpora(
+        Path(directory), inputs=find_inputs([inputs]), settings=SETTINGS, tokenizer_dir=Path(tokenizer), workers=int(workers),
+        part_bytes=PART_BYTES, ranks=ranks, say=print,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """Some twenty parts: two large files without compression, small ones, one bad line in each, an empty file."""
+    folder = tmp_path_factory.mktemp("inputs")
+    source = random.Random(4)
+    for number, count in enumerate((900, 3, 700, 40, 60)):
+        rows = [json.dumps({"text": f"{number}.{row} {source.choice(texts)}", "url": f"u{row}"}) for row in range(count)]
+        rows.insert(count // 2, "{broken")
+        (folder / f"{number}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "9.jsonl").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "make.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def make(directory: Path, inputs: Path, bpe_dir: Path, *, workers: int = 1, settings: CorpusSettings = SETTINGS) -> dict[str, Manifest]:
+    return make_corpora(
+        directory,
+        inputs=find_inputs([str(inputs)]),
+        settings=settings,
+        tokenizer_dir=bpe_dir,
+        workers=workers,
+        part_bytes=PART_BYTES,
+    )
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every data file."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".lock")
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, inputs: Path, bpe_dir: Path) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("expected")
+    made = make(directory, inputs, bpe_dir)
+    assert made["train"].info["engine"]["name"] == "fastokens"
+    assert sum(manifest.info["documents"] for manifest in made.values()) == 900 + 3 + 700 + 40 + 60
+    found = hashes(directory)
+    assert len([name for name in found if name.startswith("train/documents/")]) >= 12  # parts
+    assert not list(directory.glob("unfinished-*"))
+    return found
+
+
+def command(script: Path, directory: Path, inputs: Path, bpe_dir: Path, workers: int, ranks: int = 1) -> list[str]:
+    return [sys.executable, "-P", str(script), str(directory), str(inputs), str(bpe_dir), str(workers), str(ranks)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+# --- the same bytes from any number --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, script: Path, expected: dict[str, str], workers: int
+) -> None:
+    subprocess.run(command(script, tmp_path, inputs, bpe_dir, workers), check=True, env=environment())
+    assert hashes(tmp_path) == expected
+    for split in SPLITS:
+        artifact.verify(tmp_path / split)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (4, 1), (2, 2)])
+def test_any_number_of_mpi_ranks_gives_the_same_bytes(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, script: Path, expected: dict[str, str], ranks: int, workers: int
+) -> None:
+    run = [mpirun(), "-n", str(ranks), *command(script, tmp_path, inputs, bpe_dir, workers, ranks)]
+    subprocess.run(run, check=True, env=environment(), timeout=300)
+    assert hashes(tmp_path) == expected
+
+
+def mpirun() -> str:
+    """The one that came with the environment's own MPI library: another's processes would not find each other."""
+    path = Path(sys.executable).parent / "mpirun"
+    if not path.exists():
+        pytest.skip("this environment has no mpirun (pip install mpich)")
+    return str(path)
+
+
+def test_part_size_does_not_show_in_the_tokens(tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str]) -> None:
+    make_corpora(tmp_path, inputs=find_inputs([str(inputs)]), settings=SETTINGS, tokenizer_dir=bpe_dir)
+    found = hashes(tmp_path)
+    for split in SPLITS:
+        for name in ("tokens.bin", "tokens.idx", "ngram_counts.npy"):
+            assert found[f"{split}/{name}"] == expected[f"{split}/{name}"]
+
+
+def test_an_error_of_one_mpi_rank_ends_all(tmp_path: Path, inputs: Path, bpe_dir: Path, script: Path) -> None:
+    folder = tmp_path / "inputs"
+    shutil.copytree(inputs, folder)
+    (folder / "8.json.gz").write_bytes(b"no gzip")
+    strict = SCRIPT.replace("settings=SETTINGS", "settings=dataclasses.replace(SETTINGS, reading=ReadOptions(on_bad_input='fail'))")
+    path = tmp_path / "strict.py"
+    path.write_text("import dataclasses\nfrom mates.preprocess.readers import ReadOptions\n" + strict)
+    run = [mpirun(), "-n", "3", *command(path, tmp_path / "out", folder, bpe_dir, 1, 3)]
+    done = subprocess.run(run, env=environment(), timeout=300, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "InputError" in done.stderr
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+def test_ranks_that_do_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher and an MPI library that do not belong together give N jobs of one rank."""
+    mpirun()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(RanksError, match="started 4 ranks, MPI finds 1"):
+        find_ranks()
+
+
+# --- killed --------------------------------------------------------------------------------------------------------
+
+
+def kill_at_random(runs: int, tmp_path: Path, inputs: Path, bpe_dir: Path, script: Path, expected: dict[str, str]) -> int:
+    """SIGKILL processes at random points until ``runs`` kills have hit; returns how many runs were left to finish."""
+    source = random.Random(runs)
+    kills, finished = 0, 0
+    seconds = run_seconds(tmp_path / "timing", inputs, bpe_dir, script)
+    directory = tmp_path / "killed"
+    while kills < runs:
+        process = subprocess.Popen(
+            command(script, directory, inputs, bpe_dir, source.choice((1, 2, 3))),
+            env=environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        whole_group = source.random() < 0.5  # else the workers are left behind by their parent
+        try:
+            process.wait(timeout=seconds * source.uniform(0.3, 1.1))
+        except subprocess.TimeoutExpired:
+            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            check_never_wrong(directory, expected)
+            continue
+        assert process.returncode == 0
+        finished += 1
+        assert hashes(directory) == expected
+        shutil.rmtree(directory)
+    subprocess.run(command(script, directory, inputs, bpe_dir, 2), check=True, env=environment())
+    assert hashes(directory) == expected
+    return finished
+
+
+def run_seconds(directory: Path, inputs: Path, bpe_dir: Path, script: Path) -> float:
+    start = time.monotonic()
+    subprocess.run(command(script, directory, inputs, bpe_dir, 2), check=True, env=environment())
+    return time.monotonic() - start
+
+
+def check_never_wrong(directory: Path, expected: dict[str, str]) -> None:
+    """Whatever opens is right."""
+    for split in SPLITS:
+        folder = directory / split
+        try:
+            open_indexed(folder / "tokens")
+        except ArtifactError:
+            continue
+        for name in ("tokens.bin", "tokens.idx"):
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected[f"{split}/{name}"]
+
+
+def test_killed_runs_continue_to_the_same_bytes(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, script: Path, expected: dict[str, str]
+) -> None:
+    kill_at_random(6, tmp_path, inputs, bpe_dir, script, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3_600)
+def test_two_hundred_kills(tmp_path: Path, inputs: Path, bpe_dir: Path, script: Path, expected: dict[str, str]) -> None:
+    kill_at_random(200, tmp_path, inputs, bpe_dir, script, expected)
+
+
+def test_finished_parts_are_not_done_again(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at every part in turn, each part is written once."""
+    from mates.preprocess import parts
+
+    written: list[int] = []
+    whole = parts.PartWriter.__call__
+
+    def one_then_interrupted(self: parts.PartWriter, part: parts.Part, progress: object = None) -> parts.PartRecord:
+        if written and written[-1] >= 0:
+            written.append(-1)
+            raise KeyboardInterrupt
+        record = whole(self, part)
+        written.append(part.number)
+        return record
+
+    monkeypatch.setattr(parts.PartWriter, "__call__", one_then_interrupted)
+    for _ in range(1_000):
+        try:
+            make(tmp_path, inputs, bpe_dir)
+        except KeyboardInterrupt:
+            continue
+        break
+    numbers = [number for number in written if number >= 0]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) > 12
+    assert hashes(tmp_path) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupted_at_every_joined_part(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    from mates.preprocess import join
+
+    if workers == 1:
+        remove, count = join.remove_part, 0
+
+        def interrupted(files: PartFiles, record: PartRecord) -> None:
+            nonlocal count
+            count += 1
+            if count % 3 == 0:
+                raise KeyboardInterrupt  # the part is noted as joined and its files are still there
+            remove(files, record)
+
+        monkeypatch.setattr(join, "remove_part", interrupted)
+    for _ in range(1_000):
+        try:
+            make(tmp_path, inputs, bpe_dir, workers=workers)
+        except KeyboardInterrupt:
+            continue
+        break
+    assert hashes(tmp_path) == expected
+
+
+def test_joined_files_that_were_lost_are_made_again(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mates.preprocess import corpus
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(corpus, "_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, inputs, bpe_dir)
+    (tmp_path / "pool" / ".tokens.bin.joining").unlink()
+    make(tmp_path, inputs, bpe_dir)
+    assert hashes(tmp_path) == expected
+
+
+# --- in each other's way -------------------------------------------------------------------------------------------
+
+
+def test_two_at_once_are_kept_apart(tmp_path: Path, inputs: Path, bpe_dir: Path) -> None:
+    from mates.preprocess.workers import try_lock
+
+    with (tmp_path / ".lock").open("ab") as handle:
+        assert try_lock(handle, 0)
+        with pytest.raises(CorpusError, match="another process is making these corpora"):
+            make(tmp_path, inputs, bpe_dir)
+
+
+def test_unfinished_work_of_other_settings_is_kept_and_named(tmp_path: Path, inputs: Path, bpe_dir: Path) -> None:
+    other = tmp_path / "unfinished-0123456789abcdef"
+    other.mkdir()
+    (other / "000000.json").write_text("{}")
+    said: list[str] = []
+    make_corpora(tmp_path, inputs=find_inputs([str(inputs)]), settings=SETTINGS, tokenizer_dir=bpe_dir, say=said.append)
+    assert (other / "000000.json").exists()
+    assert any(str(other) in text and "other inputs or settings" in text for text in said)
+
+
+def test_a_killed_worker_is_said(tmp_path: Path) -> None:
+    with pytest.raises(WorkerDiedError, match="killed, most often for want of memory"):
+        for_each([1, 2, 3], die, workers=2, done=lambda result: None)
+
+
+def die(stop: Stop) -> Callable[[int], int]:
+    return die_at_work
+
+
+def die_at_work(piece: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return piece
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_input_ends_all_workers(tmp_path: Path, inputs: Path, bpe_dir: Path, workers: int) -> None:
+    strict = CorpusSettings(shares=SETTINGS.shares, reading=ReadOptions(on_bad_input="fail"), features=())
+    with pytest.raises(InputError, match=r"\.jsonl.*line \d+"):
+        make(tmp_path, inputs, bpe_dir, workers=workers, settings=strict)
+
+
+# --- the fast tokenizer is wrong -----------------------------------------------------------------------------------
+
+
+class WrongEngine(encode.FastokensEngine):
+    """Gives a wrong id for texts that hold a certain mark, which neither the edge texts nor the first documents do."""
+
+    def encode(self, texts: list[str]) -> tuple[encode.Ids, encode.Offsets]:  # type: ignore[override]
+        ids, offsets = super().encode(texts)
+        ids = ids.copy()
+        for row, text in enumerate(texts):
+            if text.startswith("2.600 "):
+                ids[offsets[row]] += 1
+        return ids, offsets
+
+
+def test_the_library_takes_over_from_a_wrong_engine(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found late, in a document that is checked by the way: everything is done again by the library, and stays so after a kill."""
+    monkeypatch.setattr(encode, "FastokensEngine", WrongEngine)
+    monkeypatch.setattr(encode, "CHECK_ONE_IN", 1)
+    said: list[str] = []
+
+    def again() -> dict[str, Manifest]:
+        return make_corpora(
+            tmp_path,
+            inputs=find_inputs([str(inputs)]),
+            settings=SETTINGS,
+            tokenizer_dir=bpe_dir,
+            part_bytes=PART_BYTES,
+            say=said.append,
+        )
+
+    made = again()
+    assert hashes(tmp_path) == expected
+    assert made["train"].info["engine"]["name"] == "library"
+    assert [text for text in said if "WARNING" in text and "2.600" in text]
+
+
+# --- full disks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("a small tmpfs cannot be mounted here (not root)")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_said_and_the_run_continues_when_there_is_space(
+    small_disk: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], workers: int
+) -> None:
+    """The space grows step by step, so that the disk is full in different places."""
+    messages: list[str] = []
+    for size in range(1, 40):
+        try:
+            make(small_disk / "out", inputs, bpe_dir, workers=workers)
+        except DiskFullError as error:
+            messages.append(str(error))
+            subprocess.run(["mount", "-o", f"remount,size={1024 + 400 * size}k", str(small_disk)], check=True)
+        else:
+            break
+    assert len(messages) > 1
+    assert all(re.search(r"the disk is full: [\d,]+ bytes free, about [\d,]+ are needed", message) for message in messages)
+    assert hashes(small_disk / "out") == expected
+
+
+def test_engine_errors_travel_between_processes() -> None:
+    import pickle
+
+    error = EngineDifferenceError("fastokens", "text", [1], [2])
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
