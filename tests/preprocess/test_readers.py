@@ -10,7 +10,6 @@ import random
 import re
 import subprocess
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mates.preprocess import inputs, readers
+from mates.preprocess.parquet import DICTIONARY_ROWS
 from mates.preprocess.readers import (
     Block,
     InputError,
@@ -39,6 +39,7 @@ from mates.preprocess.readers import (
     parts_of,
     read_texts,
 )
+from mates.preprocess.rows import EXCERPT_CHARACTERS
 
 Row = dict[str, Any]
 Document = tuple[str | None, ...]  # text, url, timestamp, source
@@ -173,7 +174,7 @@ def check_against_reference(file: InputFile, data: bytes, options: ReadOptions =
         for reject in rejects:
             line = lines[first_line + reject.line - 1]
             assert reference_row(line, options.max_document_bytes) == reject.reason
-            excerpt = line.decode(errors="replace")[: readers.EXCERPT_CHARACTERS]
+            excerpt = line.decode(errors="replace")[:EXCERPT_CHARACTERS]
             if reject.reason == "too long" and options.max_document_bytes < len(excerpt):
                 excerpt = excerpt[: len(reject.excerpt)]  # no more than that may have been held
             assert reject.excerpt == excerpt
@@ -596,146 +597,6 @@ def test_errors_name_the_line_in_the_file_and_not_in_the_part(tmp_path: Path) ->
 # --- damaged files -------------------------------------------------------------------------------------------------
 
 
-def is_prefix(texts: list[str], rows: list[Row]) -> bool:
-    return texts == [row["text"] for row in rows][: len(texts)]
-
-
-@pytest.mark.parametrize("ending", COMPRESSED)
-def test_every_cut_of_a_compressed_file_is_damage(tmp_path: Path, ending: str) -> None:
-    rows = ROWS * 5
-    whole = COMPRESS[ending](lines_of(rows))
-    for length in range(len(whole)):
-        texts, damage = damage_of(put_raw(tmp_path, ending, whole[:length]))
-        assert is_prefix(texts, rows)
-        assert "0 bytes" in damage if length == 0 else "is cut" in damage
-
-
-@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.zst"])
-def test_documents_before_a_cut_are_kept(tmp_path: Path, ending: str) -> None:
-    """As many as the standard library can decompress of the file, which here has several blocks and reads."""
-    source = random.Random(2)
-    rows = [{"text": source.randbytes(500).hex()} for _ in range(9_000)]
-    data = lines_of(rows)
-    half = COMPRESS[ending](data[: len(data) // 2])
-    whole = half + COMPRESS[ending](data[len(data) // 2 :])  # two members or frames
-    for length in sorted({len(half) - 1, len(half) + 1, *source.sample(range(len(whole)), 8)}):
-        texts, _ = damage_of(put_raw(tmp_path, ending, whole[:length]))
-        if ending == ".json.gz":
-            first = zlib.decompressobj(31)
-            out = first.decompress(whole[:length])
-            out += zlib.decompressobj(31).decompress(first.unused_data)
-            expected = out.count(b"\n")
-        else:
-            expected = max(0, len(data) * length // len(whole) // 1_014 - 300)  # a zstandard block of 128 KiB may be lost
-        assert is_prefix(texts, rows)
-        assert len(texts) >= expected
-        assert len(texts) <= len(data) * length // len(whole) // 1_014 + 200
-    assert documents(put_raw(tmp_path, ending, whole[: len(half)])) != []  # a cut between two leaves a sound, shorter file
-
-
-@pytest.mark.parametrize("ending", [".json.gz", ".json.zst"])  # both with a checksum of the contents
-def test_changed_bytes_are_damage(tmp_path: Path, ending: str) -> None:
-    whole = COMPRESS[ending](lines_of(ROWS * 5))
-    for at in range(20, len(whole)):
-        file = put_raw(tmp_path, ending, whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-        reader = PartReader(file, SKIP)
-        for _ in reader:
-            pass
-        assert reader.damage is not None
-        with pytest.raises(InputError):  # of the damage, or of a row that it spoilt
-            list(PartReader(file, FAIL))
-
-
-@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.zst"])
-def test_what_is_not_compressed_at_all_is_damage(tmp_path: Path, ending: str) -> None:
-    other = zstd if ending.endswith("gz") else gzip.compress
-    for data in (lines_of(ROWS), other(lines_of(ROWS)), b"\0" * 1_000, b"PK\x03\x04 and so on", b"\n"):
-        assert damage_of(put_raw(tmp_path, ending, data))[0] == []
-    for tail in (b"something else", b"x", b"\x1f", b"\x1f\x8b", b"\x28\xb5\x2f", b"\0\0\0x"):
-        texts, _ = damage_of(put_raw(tmp_path, ending, COMPRESS[ending](lines_of(ROWS)) + tail))
-        assert is_prefix(texts, ROWS)
-
-
-@given(cuts=st.lists(st.integers(0, 10**6), max_size=5), skippable=st.booleans(), data=st.data())
-def test_zstd_of_several_frames(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], skippable: bool, data: st.DataObject) -> None:
-    """Frames may end anywhere, inside a line or a character, and may be empty; pzstd puts skippable frames between."""
-    lines = lines_of(ROWS)
-    bounds = sorted({0, len(lines), *(cut % (len(lines) + 1) for cut in cuts)})
-    pieces = [lines[start:stop] for start, stop in zip(bounds, [*bounds[1:], len(lines)], strict=True)]  # the last is empty
-    between = b"\x5a\x2a\x4d\x18\x04\x00\x00\x00skip" if skippable else b""
-    frames = [between + data.draw(st.sampled_from([zstd, COMPRESS[".jsonl.zst"]]))(piece) for piece in pieces] + [between]
-    whole = b"".join(frames)
-    directory = tmp_path_factory.getbasetemp()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "RAW_BYTES", data.draw(st.sampled_from([1, 3, 1 << 20])))
-        assert documents(put_raw(directory, ".jsonl.zst", whole)) == DOCUMENTS
-        damage_of(put_raw(directory, ".jsonl.zst", whole[:-1]))
-
-
-@pytest.mark.parametrize("level", [-5, 1, 3, 19])
-def test_zstd_frames_of_every_kind_of_block(tmp_path: Path, level: int) -> None:
-    """Raw, repeated and compressed blocks, with and without sizes and checksums, are walked over as the library does."""
-    source = random.Random(level)
-    contents = source.randbytes(300_000) + b"a" * 400_000 + json.dumps(ROWS).encode() * 500
-    for size in (0, 1, 255, 256, 300_000, 66_000, len(contents)):
-        for checksum in (False, True):
-            compressor = zstandard.ZstdCompressor(level, write_checksum=checksum)
-            streamed = compressor.compressobj()  # does not know the size
-            for frame in (compressor.compress(contents[:size]), streamed.compress(contents[:size]) + streamed.flush()):
-                for raw, complete in ((frame, True), (frame + frame[:-1], False), (frame[:-1], False)):
-                    file = put_raw(tmp_path, ".jsonl.zst", raw)
-                    with inputs.RawFile(file) as handle:
-                        walked = inputs._WalkedFile(handle)
-                        while walked.read(1_000):
-                            pass
-                        assert walked.complete == complete
-
-
-def test_zstd_without_a_content_size(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with zstandard.ZstdCompressor().stream_writer(buffer, closefd=False) as writer:
-        for row in ROWS:
-            writer.write(lines_of([row]))
-            writer.flush(zstandard.FLUSH_BLOCK)
-    assert documents(put_raw(tmp_path, ".jsonl.zst", buffer.getvalue())) == DOCUMENTS
-
-
-def test_a_zstd_window_too_large_for_the_memory(tmp_path: Path) -> None:
-    for log, fits in ((27, True), (28, False)):
-        parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=log)
-        streamed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-        file = put_raw(tmp_path, ".jsonl.zst", streamed.compress(lines_of(ROWS)) + streamed.flush())
-        if fits:
-            assert documents(file) == DOCUMENTS
-        else:
-            assert "zstd --long" in damage_of(file)[1]
-
-
-@given(cuts=st.lists(st.integers(0, 10**6), max_size=5), zeros=st.sampled_from([0, 1, 512, 9_000]), piece=st.sampled_from([30, 1 << 20]))
-def test_gzip_of_several_members(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], zeros: int, piece: int) -> None:
-    data = lines_of(ROWS)
-    bounds = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    members = [gzip.compress(data[start:stop]) for start, stop in zip(bounds, [*bounds[1:], len(data)], strict=True)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "RAW_BYTES", piece)
-        directory = tmp_path_factory.getbasetemp()
-        assert documents(put_raw(directory, ".json.gz", b"".join(members) + bytes(zeros))) == DOCUMENTS
-        assert documents(put_raw(directory, ".json.gz", bytes(zeros).join(members))) == DOCUMENTS
-        damage_of(put_raw(directory, ".json.gz", b"".join(members)[:-1]))
-
-
-def test_gzip_headers_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "RAW_BYTES", 7)  # headers come in pieces
-    data = lines_of(ROWS)
-    plain = gzip.compress(data)
-    parts = {4: b"\x03\x00abc", 8: b"name\0", 16: b"comment\0"}
-    for flags in range(0, 32, 2):
-        header = plain[:3] + bytes([flags]) + plain[4:10] + b"".join(extra for flag, extra in parts.items() if flags & flag)
-        header += (zlib.crc32(header) & 0xFFFF).to_bytes(2, "little") if flags & 2 else b""
-        assert gzip.decompress(header + plain[10:]) == data
-        assert documents(put_raw(tmp_path, ".json.gz", (header + plain[10:]) * 2)) == DOCUMENTS * 2
-
-
 def test_every_cut_of_a_parquet_file_is_damage(tmp_path: Path) -> None:
     file = put_parquet(tmp_path, {"text": [f"document {number}" for number in range(50)]})
     whole = Path(file.name).read_bytes()
@@ -770,7 +631,7 @@ def test_parquet_that_gives_fewer_rows_than_it_says_is_damaged(tmp_path: Path, m
     monkeypatch.setattr(pq, "ParquetFile", Short)
     file = put_parquet(tmp_path, {"text": [f"document {number}" for number in range(200)]})
     texts, damage = damage_of(file)
-    assert len(texts) == readers.DICTIONARY_ROWS
+    assert len(texts) == DICTIONARY_ROWS
     assert damage.endswith("row group 0 gave 128 rows; expected 200")
 
 
@@ -884,34 +745,6 @@ def test_a_line_of_100_megabytes_is_passed_over_in_bounded_memory(tmp_path: Path
     assert memory < 30, f"{memory} MiB"
 
 
-@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.zst"])
-def test_a_decompression_bomb_is_refused_early(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"a{ending}"
-    good = b'{"text": "good"}\n'
-    write_stream(path, [(good, 1), (MIB, 32)])
-    size = path.stat().st_size
-    with path.open("ab") as handle:  # repeated to 10 MB, many GB in all
-        raw = path.read_bytes()
-        for _ in range(10_000_000 // size):
-            handle.write(raw)
-    documents, dropped, damage, memory, seconds = measure(path)
-    assert documents == 1
-    assert set(dropped) == {"too long"}
-    assert damage is not None
-    assert "decompression bomb" in damage
-    assert memory < 80, f"{memory} MiB"
-    assert seconds < 5
-
-
-def test_what_compresses_well_is_no_bomb(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.zst"
-    row = b'{"text": "' + b"good " * 200 + b'"}\n'
-    write_stream(path, [(row, 40_000)])  # 40 MB in a few KB
-    documents, dropped, damage, memory, _ = measure(path)
-    assert (documents, dropped, damage) == (40_000, {}, None)
-    assert memory < 60, f"{memory} MiB"
-
-
 def test_repeated_texts_in_parquet_take_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     texts = pa.DictionaryArray.from_arrays([0] * 1_000, ["x" * 900_000])
@@ -920,3 +753,22 @@ def test_repeated_texts_in_parquet_take_bounded_memory(tmp_path: Path) -> None:
     documents, dropped, damage, memory, _ = measure(path)
     assert (documents, dropped, damage) == (1_000, {}, None)
     assert memory < 400, f"{memory} MiB"
+
+
+def test_metadata_that_cannot_be_held_costs_no_text(tmp_path: Path) -> None:
+    """Dates beyond Python's, nanoseconds inside structs, bytes that are no UTF-8 inside lists."""
+    path = tmp_path / "odd.parquet"
+    count = 5
+    nanoseconds = pa.array([1] * count, pa.int64()).cast(pa.timestamp("ns"))
+    columns = {
+        "text": [f"text {row}" for row in range(count)],
+        "url": pa.StructArray.from_arrays([nanoseconds], names=["at"]),
+        "timestamp": pa.array([[2**60]] * count, pa.list_(pa.int64())).cast(pa.list_(pa.timestamp("us"))),
+        "source": pa.array([b"\xff", b"good", None, b"", b"\xfe"], pa.binary_view()),
+    }
+    pq.write_table(pa.table(columns), path)
+    reader = PartReader(InputFile(str(path), path.stat().st_size), ReadOptions())
+    blocks = list(reader)
+    assert reader.damage is None
+    assert [text for block in blocks for text in block.texts] == columns["text"]
+    assert [value for block in blocks for value in block.metadata[2]] == ["\ufffd", "good", None, "", "\ufffd"]
