@@ -99,7 +99,7 @@ def _preprocess(recipe: Recipe) -> None:
         return
     try:
         preprocess_step(recipe, ranks)
-    except user_errors() as error:
+    except (*user_errors(), RecipeError, OSError) as error:
         if ranks.rank == 0:
             raise
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None

@@ -7,13 +7,14 @@ on the inputs and settings alone.
 
 from __future__ import annotations
 
+import heapq
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +85,7 @@ class _Job:
     progress: Progress
     say: Say
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Unfinished work. Its name is a hash of all it depends on, so that other settings never meet it."""
         plan = [FORMAT, self.asked, self.parents, [[part.file.name, part.file.bytes, part.index, part.of] for part in self.parts]]
@@ -101,11 +102,11 @@ class _Job:
 
     def mine(self) -> list[Part]:
         """The parts of this rank: largest first, each to the rank with the fewest bytes."""
-        load = [0.0] * self.ranks.size
+        load = [(0.0, rank) for rank in range(self.ranks.size)]
         chosen = []
         for part in sorted(self.parts, key=lambda part: (-part.file.bytes / part.of, part.number)):
-            rank = load.index(min(load))
-            load[rank] += part.file.bytes / part.of + 1
+            least, rank = load[0]
+            heapq.heapreplace(load, (least + part.file.bytes / part.of + 1, rank))
             if rank == self.ranks.rank:
                 chosen.append(part)
         return sorted(chosen, key=lambda part: part.number)
@@ -145,6 +146,8 @@ def make_corpora(
         ArtifactMismatchError: corpora of other inputs or settings stand there. DiskFullError: with the bytes that are missing.
         CorpusError: another process makes them. workers.WorkerDiedError: a process was killed.
     """
+    ranks = ranks or Alone()
+    inputs = on_first(ranks, lambda: inputs)  # a folder may have been listed at different times
     tokenizer, tokenizer_manifest = open_tokenizer(tokenizer_dir, special_token_text=settings.special_token_text)
     counted = [(file, index, of) for file in inputs for of in [parts_of(file, part_bytes)] for index in range(of)]
     job = _Job(
@@ -158,7 +161,7 @@ def make_corpora(
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
         workers=workers,
-        ranks=ranks or Alone(),
+        ranks=ranks,
         progress=progress,
         say=say,
     )
@@ -171,11 +174,15 @@ def make_corpora(
 
 
 def _find(job: _Job) -> dict[str, Manifest]:
+    """The corpora that are complete."""
     found = {
         split: artifact.find_complete(job.directory / split, kind="corpus", settings=job.asked | {"split": split}, inputs=job.parents)
         for split in job.splits
     }
-    return {split: manifest for split, manifest in found.items() if manifest}
+    done = {split: manifest for split, manifest in found.items() if manifest}
+    if len(done) == len(job.splits) and job.ranks.rank == 0:
+        shutil.rmtree(job.folder, ignore_errors=True)  # of a run that was killed after its last manifest
+    return done
 
 
 @contextmanager
@@ -233,8 +240,9 @@ def _prepare(job: _Job) -> tuple[EngineName, str]:
         if other != job.folder:
             job.say(f"preprocess: {other} holds unfinished work of other inputs or settings; remove it if it is not needed")
     job.folder.mkdir(exist_ok=True)
-    for left in job.folder.glob(".*.tmp"):  # of killed processes: the lock says that none is at work
-        left.unlink()
+    for folder in (job.folder, job.directory, *(job.directory / split for split in job.splits)):
+        for left in folder.glob(".*.tmp"):  # of killed processes: the lock says that none is at work
+            left.unlink()
     if known := _known_difference(_difference_file(job)):
         return "library", str(known)
     tokenizer, manifest = open_tokenizer(job.tokenizer_dir, special_token_text=job.settings.special_token_text)

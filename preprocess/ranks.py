@@ -103,9 +103,7 @@ def _agree(ranks: Ranks, make: Callable[[], Any]) -> list[Any]:
     except Exception as caught:
         error = caught
     told = ranks.gather((value, error))
-    if error is not None:
-        raise error
-    for _, other in told:
-        if other is not None:
-            raise other
+    for rank, (_, other) in enumerate(told):
+        if other is not None:  # the same one on all ranks, or they would part ways
+            raise error if rank == ranks.rank and error is not None else other
     return [value for value, _ in told]
