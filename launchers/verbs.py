@@ -97,9 +97,10 @@ def _preprocess(recipe: Recipe) -> None:
     if not isinstance(ranks, MpiRanks):
         preprocess_step(recipe)
         return
+    told: tuple[type[Exception], ...] = (*user_errors(), RecipeError, OSError)
     try:
         preprocess_step(recipe, ranks)
-    except (*user_errors(), RecipeError, OSError) as error:
+    except told as error:
         if ranks.rank == 0:
             raise
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
