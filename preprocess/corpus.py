@@ -22,7 +22,7 @@ import numpy as np
 
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Cost, DiskFullError, FileRecord, Manifest
-from mates.preprocess.encode import EngineDifferenceError, choose_engine, open_engine
+from mates.preprocess.encode import CheckedEngine, EngineDifferenceError, LibraryEngine, choose_engine, open_engine
 from mates.preprocess.features import NGRAM_BUCKETS
 from mates.preprocess.indexed import IndexLayout, token_dtype
 from mates.preprocess.inputs import InputError, InputFile
@@ -37,6 +37,7 @@ from mates.preprocess.workers import WORKERS_LOCK, Stop, for_each, hold_worker_l
 __all__ = ["SPLITS", "TOKENS_NAME", "CorpusError", "CorpusSettings", "SplitShares", "make_corpora", "texts_of"]
 
 PART_BYTES = 256 << 20
+JOIN_ALONE_BYTES = 1 << 30
 FORMAT = 1  # of the folder of unfinished work
 FIRST_DOCUMENTS = 64  # compared with the reference library before anything is written
 NGRAMS_NAME = "ngram_counts.npy"
@@ -95,10 +96,9 @@ class _Job:
     def splits(self) -> tuple[str, ...]:
         return self.settings.shares.splits
 
-    @property
-    def alone(self) -> bool:
-        """Whether this process does everything itself."""
-        return self.workers * self.ranks.size == 1
+    def alone(self, workers: int) -> bool:
+        """Whether so many workers mean that this process does everything itself."""
+        return workers <= 1 and self.ranks.size == 1
 
     def mine(self) -> list[Part]:
         """The parts of this rank: largest first, each to the rank with the fewest bytes."""
@@ -211,14 +211,15 @@ def _lock(job: _Job) -> Iterator[None]:
 
 def _make(job: _Job, complete: list[str]) -> None:
     start = time.perf_counter()
+    opened: list[CheckedEngine | LibraryEngine] = []  # of rank 0; not told to others, since it cannot be sent
     try:
-        engine, why = on_first(job.ranks, lambda: _prepare(job))
-        records = _tokenize(job, engine)
+        engine, why = on_first(job.ranks, lambda: _prepare(job, opened))
+        records = _tokenize(job, engine, opened)
         on_first(job.ranks, lambda: refuse_empty(job.splits, job.inputs, records))
         corpora = _corpora(job, records)
         if not on_first(job.ranks, lambda: _prepare_join(job, records, corpora, complete)):
             job.say(f"preprocess: {job.directory} lost files that parts had been joined into; those parts are done again")
-            records = _tokenize(job, engine)
+            records = _tokenize(job, engine, opened)
             on_first(job.ranks, lambda: _prepare_join(job, records, corpora, complete))
         joining = time.perf_counter()
         _join(job, records, corpora)
@@ -234,8 +235,8 @@ def _make(job: _Job, complete: list[str]) -> None:
 # --- the folder of unfinished work ---------------------------------------------------------------------------------
 
 
-def _prepare(job: _Job) -> tuple[EngineName, str]:
-    """Make the folder, and say which engine tokenizes and why."""
+def _prepare(job: _Job, opened: list[CheckedEngine | LibraryEngine]) -> tuple[EngineName, str]:
+    """Make the folder, and say which engine tokenizes and why; it is put into ``opened`` where it was made on the way."""
     for other in sorted(job.directory.glob("unfinished-*")):
         if other != job.folder:
             job.say(f"preprocess: {other} holds unfinished work of other inputs or settings; remove it if it is not needed")
@@ -249,11 +250,13 @@ def _prepare(job: _Job) -> tuple[EngineName, str]:
     choice = choose_engine(tokenizer, Path(manifest.info["file"]))
     if choice.alarm:
         _say_difference(job, choice.why)
-    try:
-        open_engine(tokenizer, choice.engine, check_first=True).encode(_first_documents(job))
-    except EngineDifferenceError as error:
-        _note_difference(job, error)
-        return "library", str(error)
+    if isinstance(choice.opened, CheckedEngine):
+        try:
+            choice.opened.check(_first_documents(job))
+        except EngineDifferenceError as error:
+            _note_difference(job, error)
+            return "library", str(error)
+    opened.append(choice.opened)
     return choice.engine, choice.why
 
 
@@ -323,12 +326,15 @@ class _MakeWriter:
     difference: Path = field(kw_only=True)
     alone: bool = field(kw_only=True)
     told: Callable[[int], None] | None = field(default=None, kw_only=True)
+    opened: CheckedEngine | LibraryEngine | None = field(default=None, kw_only=True)
 
     def __call__(self, stop: Stop) -> Callable[[Part], PartRecord]:
         if not self.alone:  # as many processes as cores: threads of the libraries would only be in each other's way
             os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-        tokenizer, _ = open_tokenizer(self.tokenizer_dir, special_token_text=self.settings.special_token_text)
-        engine = open_engine(tokenizer, self.engine)
+        engine = self.opened
+        if engine is None:
+            tokenizer, _ = open_tokenizer(self.tokenizer_dir, special_token_text=self.settings.special_token_text)
+            engine = open_engine(tokenizer, self.engine)
         writer = PartWriter(self.folder, self.settings, engine, vocab_size=self.vocab_size, end_of_document=self.end_of_document, stop=stop)
         told = self.told or (lambda documents: None)
 
@@ -343,18 +349,18 @@ class _MakeWriter:
         return work
 
 
-def _tokenize(job: _Job, engine: EngineName) -> list[PartRecord]:
+def _tokenize(job: _Job, engine: EngineName, opened: list[CheckedEngine | LibraryEngine]) -> list[PartRecord]:
     """All parts' records, after doing those that are not done."""
     try:
-        gathered = on_all(job.ranks, lambda: _tokenize_mine(job, engine))
+        gathered = on_all(job.ranks, lambda: _tokenize_mine(job, engine, opened))
     except EngineDifferenceError as error:
         found = error
         on_first(job.ranks, lambda: _note_difference(job, found))
-        gathered = on_all(job.ranks, lambda: _tokenize_mine(job, "library"))
+        gathered = on_all(job.ranks, lambda: _tokenize_mine(job, "library", []))
     return sorted((record for records in gathered for record in records), key=lambda record: record.number)
 
 
-def _tokenize_mine(job: _Job, engine: EngineName) -> list[PartRecord]:
+def _tokenize_mine(job: _Job, engine: EngineName, opened: list[CheckedEngine | LibraryEngine]) -> list[PartRecord]:
     records: list[PartRecord] = []
     todo: list[Part] = []
     finished_bytes = 0.0
@@ -373,6 +379,7 @@ def _tokenize_mine(job: _Job, engine: EngineName) -> list[PartRecord]:
         finished_bytes += size_of[record.number]
         job.progress(int(finished_bytes), f"{Path(record.file).name}: {record.documents:,} documents")
 
+    workers = min(job.workers, len(todo))
     make = _MakeWriter(
         job.folder,
         job.settings,
@@ -381,11 +388,12 @@ def _tokenize_mine(job: _Job, engine: EngineName) -> list[PartRecord]:
         job.vocab_size,
         job.end_of_document,
         difference=_difference_file(job),
-        alone=job.alone,
-        told=(lambda documents: job.progress(int(finished_bytes), f"{documents:,} documents")) if job.workers == 1 else None,
+        alone=job.alone(workers),
+        told=(lambda documents: job.progress(int(finished_bytes), f"{documents:,} documents")) if workers <= 1 else None,
+        opened=opened[0] if opened and job.alone(workers) else None,
     )
     try:
-        for_each(todo, make, workers=job.workers, done=done)
+        for_each(todo, make, workers=workers, done=done)
     except EngineDifferenceError as error:
         artifact.write_json(_difference_file(job), error.args)  # the other ranks need not go on
         raise
@@ -438,7 +446,11 @@ def _join(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorp
         for number, record in enumerate(records)
         if record.number in mine and not record.joined
     ]
-    on_all(job.ranks, partial(for_each, todo, _MakeJoiner(job.folder, corpora, job.alone), workers=job.workers, done=lambda record: None))
+    size = sum(corpus.bin_bytes for corpus in corpora.values())
+    workers = job.workers if size > JOIN_ALONE_BYTES else 1  # copying little takes less than starting processes
+    on_all(
+        job.ranks, partial(for_each, todo, _MakeJoiner(job.folder, corpora, job.alone(workers)), workers=workers, done=lambda record: None)
+    )
 
 
 def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorpus], seconds: float, why: str) -> None:

@@ -10,7 +10,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
@@ -247,6 +247,8 @@ class Choice:
     why: str
     alarm: bool = False
     """The fast engine is wrong for this tokenizer, which somebody should hear of."""
+    opened: CheckedEngine | LibraryEngine = field(repr=False, compare=False)
+    """The engine itself, as :func:`open_engine` gives it."""
 
 
 def choose_engine(tokenizer: Tokenizer, file: Path, make_fast: Callable[[Tokenizer], Engine] = FastokensEngine) -> Choice:
@@ -257,16 +259,18 @@ def choose_engine(tokenizer: Tokenizer, file: Path, make_fast: Callable[[Tokeniz
         file: where it came from, for messages.
         make_fast: makes the fast engine.
     """
+    library = LibraryEngine(tokenizer)
     try:
-        fast = make_fast(tokenizer)
+        checked = CheckedEngine(make_fast(tokenizer), library)
     except EngineUnavailableError as error:
-        return Choice(engine="library", why=f"{file}: {error}")
+        return Choice(engine="library", why=f"{file}: {error}", opened=library)
     texts = edge_texts(_added_tokens(tokenizer))
     try:
-        CheckedEngine(fast, LibraryEngine(tokenizer)).check(texts)
+        checked.check(texts)
     except EngineDifferenceError as error:
-        return Choice(engine="library", why=f"{file}: {error}", alarm=True)
-    return Choice(engine="fastokens", why=f"{file}: {fast.name} gives the library's ids for each of {len(texts)} edge texts")
+        return Choice(engine="library", why=f"{file}: {error}", alarm=True, opened=library)
+    why = f"{file}: {checked.name} gives the library's ids for each of {len(texts)} edge texts"
+    return Choice(engine="fastokens", why=why, opened=checked)
 
 
 def open_engine(tokenizer: Tokenizer, engine: str, *, check_first: bool = False) -> CheckedEngine | LibraryEngine:

@@ -86,7 +86,8 @@ class JsonParser:
         self._max_line = options.max_document_bytes
         self._names = list(dict.fromkeys((options.text_field, *options.metadata_fields)))
         # Any and UNSET, so that a value of another type or a missing one does not fail its whole block
-        fields = [(f"f{i}", Any, msgspec.field(default=msgspec.UNSET, name=name)) for i, name in enumerate(self._names)]
+        absent = [msgspec.UNSET, *[None] * (len(self._names) - 1)]
+        fields = [(f"f{i}", Any, msgspec.field(default=absent[i], name=name)) for i, name in enumerate(self._names)]
         try:
             self._row_type: Any = msgspec.defstruct("Row", fields, gc=False)
         except ValueError as error:
@@ -171,7 +172,7 @@ class JsonParser:
                 text.encode()
             except UnicodeEncodeError:
                 return Bad("invalid unicode")
-        return self._row_type(*(row.get(name, msgspec.UNSET) for name in self._names))
+        return self._row_type(**{f"f{i}": row[name] for i, name in enumerate(self._names) if name in row})
 
 
 def line_place(buffer: bytearray, end: int, starts: list[int], index: int) -> tuple[int, str]:

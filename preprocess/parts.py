@@ -34,6 +34,8 @@ from mates.preprocess.workers import Stop, StoppedError
 SPLITS = ("train", "pool", "holdout")
 ROW_GROUP = 65_536  # documents
 HASH_SPACE = 2.0**64
+HASHED_CHARACTERS = 256
+LENGTH_KEY = 0x9E3779B97F4A7C15  # any odd number: lengths next to each other get keys far apart
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -51,9 +53,11 @@ class SplitShares:
         """The corpora that get documents at all."""
         return tuple(split for split, share in zip(SPLITS, (1.0, self.pool, self.holdout), strict=True) if share > 0)
 
-    def hash_of(self, encoded: bytes) -> int:
-        """XXH3-64 of a text in UTF-8, keyed by the seed. It says where a document goes, so equal texts go to the same corpus."""
-        return xxhash.xxh3_64_intdigest(encoded, self.seed)
+    def hashes_of(self, texts: Sequence[str]) -> list[int]:
+        """XXH3-64 of the first 256 characters of each text, keyed by the seed and the text's length. It says where a document goes,
+        so equal texts go to the same corpus; hashing them from end to end would cost as much as reading them."""
+        digest, seed = xxhash.xxh3_64_intdigest, self.seed
+        return [digest(text[:HASHED_CHARACTERS].encode(), (seed + LENGTH_KEY * len(text)) % 2**64) for text in texts]
 
     def splits_of(self, hashes: Sequence[int]) -> npt.NDArray[np.int64]:
         """Numbers in ``SPLITS`` of documents with these hashes."""
@@ -62,7 +66,7 @@ class SplitShares:
 
     def split_of(self, text: str) -> str:
         """The corpus of one document."""
-        return SPLITS[int(self.splits_of([self.hash_of(text.encode())])[0])]
+        return SPLITS[int(self.splits_of(self.hashes_of([text]))[0])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,10 +182,9 @@ class _SplitWriter:
         self.documents = self.sequences = self.tokens = 0
 
     def write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], columns: list[pa.Array]) -> None:
-        data = ids.tobytes()
-        self._digest.update(data)
-        self._tokens.write(data)
-        self._lengths.write(lengths.tobytes())
+        self._digest.update(ids.data)
+        self._tokens.write(ids.data)
+        self._lengths.write(lengths.data)
         self._batches.append(pa.record_batch(columns, schema=self._schema))
         self._held += len(lengths)
         self.documents += len(lengths)
@@ -290,8 +293,7 @@ class PartWriter:
         return record
 
     def _write_block(self, block: Block, writers: dict[str, _SplitWriter], ngrams: dict[str, npt.NDArray[np.int64]]) -> None:
-        encoded = [text.encode() for text in block.texts]
-        hashes = [self._settings.shares.hash_of(item) for item in encoded]
+        hashes = self._settings.shares.hashes_of(block.texts)
         split_of = self._settings.shares.splits_of(hashes)
         for number, split in enumerate(SPLITS):
             chosen = np.flatnonzero(split_of == number).tolist()
@@ -302,7 +304,7 @@ class PartWriter:
             ids, offsets = self._encode(texts, hashes if whole else [hashes[row] for row in chosen])
             columns = [pa.array(column if whole else [column[row] for row in chosen], pa.string()) for column in block.metadata]
             if self._settings.features:
-                more, counts = feature_columns(self._settings.features, [encoded[row] for row in chosen], ids, offsets)
+                more, counts = feature_columns(self._settings.features, [text.encode() for text in texts], ids, offsets)
                 columns += more
                 if counts is not None:
                     np.add.at(ngrams[split], counts.buckets, counts.counts)

@@ -171,9 +171,7 @@ class PartReader:
 
     def _block(self, texts: list[Any], metadata: list[list[Any]], place: Callable[[int], tuple[int, str]]) -> Block:
         """The block of rows with these texts, or what stands there instead; ``place`` tells a row's line and how it begins."""
-        quarter = self._options.max_document_bytes // 4  # the longest character has four bytes
-        suspects = [i for i, text in enumerate(texts) if type(text) is not str or not text or text.isspace() or len(text) > quarter]
-        bad = {index: reason for index in suspects if (reason := self._reason(texts[index]))}
+        bad = {index: reason for index in self._suspects(texts) if (reason := self._reason(texts[index]))}
         block = Block(texts, [as_texts(column) for column in metadata])
         if bad:
             block.texts = [text for index, text in enumerate(texts) if index not in bad]
@@ -185,6 +183,13 @@ class PartReader:
                 line, excerpt = place(index)
                 block.rejects.append(Reject(self.lines + line + 1, reason, excerpt[:EXCERPT_CHARACTERS]))
         return block
+
+    def _suspects(self, texts: list[Any]) -> list[int]:
+        """Rows that may have to be dropped. Most blocks have none, which is told without a look at each row in turn."""
+        quarter = self._options.max_document_bytes // 4  # the longest character has four bytes
+        if set(map(type, texts)) == {str} and all(texts) and not any(map(str.isspace, texts)) and max(map(len, texts)) <= quarter:
+            return []
+        return [i for i, text in enumerate(texts) if type(text) is not str or not text or text.isspace() or len(text) > quarter]
 
     def _reason(self, text: object) -> Reason | None:
         if isinstance(text, str):

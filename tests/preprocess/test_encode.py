@@ -358,7 +358,8 @@ def test_one_wrong_id_in_one_edge_text_gives_the_library_with_alarm(tokenizer: T
     assert edge_texts([END]).count(text) >= 1
     choice = choose_engine(tokenizer, Path("here"), lambda asked: Wrong(asked, lambda other: other == text))
     right = rows(LibraryEngine(tokenizer).encode([text]))[0][-8:]
-    assert choice == Choice(engine="library", why=choice.why, alarm=True)
+    assert choice == Choice(engine="library", why=choice.why, alarm=True, opened=choice.opened)
+    assert isinstance(choice.opened, LibraryEngine)
     assert choice.why.startswith(f"here: engine wrong: text {text!a}: found ids")
     assert f"{right[-1] + 1}], expected ids" in choice.why
 
