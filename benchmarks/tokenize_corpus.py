@@ -394,13 +394,13 @@ def _parsed(path: str, clocks: list[Clock]) -> Iterator[list[str]]:
         for group in range(file.num_row_groups):
             with Clock() as clock:
                 columns = file.read_row_group(group, columns=["text", *FIELDS], use_threads=False)
-                texts = [columns.column(name).to_pylist() for name in ("text", *FIELDS)][0]
+                texts, *_ = (columns.column(name).to_pylist() for name in ("text", *FIELDS))
             clocks.append(clock)
             yield texts
         return
     import msgspec
 
-    fields = [("text", str), *((name, str | None, None) for name in FIELDS)]
+    fields: list[Any] = [("text", str), *((name, str | None, None) for name in FIELDS)]
     decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields))
     for block in line_blocks(decompressed(path)):
         with Clock() as clock:
