@@ -56,12 +56,12 @@ class CorpusConfig:
     error that names file and line."""
     empty_documents: Literal["drop", "keep"] = "drop"
     """Documents without text: counted as dropped, or kept as documents of no tokens, as Megatron's tool does."""
-    max_document_bytes: int = 32 * 2**20
+    max_document_bytes: int = 8 * 2**20
     """Longest line or document that is read, in bytes; longer ones are bad input. A worker's memory grows with it."""
     special_token_text: Literal["text", "special"] = "text"
     """What a literal ``<|endoftext|>`` in a web page becomes: the text that it is, or the special token as in Megatron's tool."""
     features: list[Literal["length", "hash", "ngrams"]] = field(default_factory=list)
-    """Computed for each document in the same pass and kept in its Parquet row: length (UTF-8 bytes and tokens), hash (XXH3-128 of the
+    """Computed for each document in the same pass and kept in its Parquet row: length (UTF-8 bytes), hash (XXH3-128 of the
     text, equal for exact duplicates), ngrams (hashed counts of token unigrams and bigrams, and their totals over the corpus)."""
     workers: int | None = None
     """Processes that tokenize; null takes one a core, or one under MPI. The result does not depend on it."""
@@ -80,6 +80,8 @@ class CorpusConfig:
         require(self.text_field != "", "corpus.text_field", self.text_field, "a field name")
         names = self.metadata_fields
         require(all(names) and len(set(names)) == len(names), "corpus.metadata_fields", names, "different field names")
+        taken = ("tokens", "utf8_bytes", "text_xxh3_128", "ngram_buckets", "ngram_counts")
+        require(not set(names) & set(taken), "corpus.metadata_fields", names, f"names other than {', '.join(taken)}, columns of our own")
         require(self.text_field not in names, "corpus.metadata_fields", names, "fields other than corpus.text_field")
         require(len(set(self.features)) == len(self.features), "corpus.features", self.features, "each feature once")
         require(1024 <= self.max_document_bytes <= 2**30, "corpus.max_document_bytes", self.max_document_bytes, "1024 to 2^30 bytes")

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except verbs.user_errors() as error:
         print(f"mates {name}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) else 2
+        return 1 if isinstance(error, verbs.STEP_FAILED) else 2
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -17,6 +17,7 @@ import jsonargparse
 
 from mates.engine.config import SAMPLE, Recipe, RecipeError, require
 from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
+from mates.preprocess.artifact import DiskFullError
 
 RUN_LOCK = ".run.lock"
 RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
@@ -57,6 +58,10 @@ def user_errors() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
+STEP_FAILED = (RuntimeError, DiskFullError)
+"""Errors that are no fault of recipe, argument or input: exit code 1 instead of 2."""
+
+
 class RunBusyError(RuntimeError):
     """Another process works in the same run folder."""
 
@@ -77,37 +82,48 @@ def data_step(name: str, recipe: Recipe) -> None:
     """Run one of the data steps."""
     from mates.engine.data import steps
 
-    if name == "preprocess":
-        _preprocess(recipe)
-        return
     work: dict[str, Callable[[Recipe], Any]] = {
         "sample-corpus": steps.sample_corpus_step,
         "tokenizer": steps.tokenizer_step,
+        "preprocess": steps.preprocess_step,
         "reference": steps.reference_step,
     }
     work[name](recipe)
 
 
-def _preprocess(recipe: Recipe) -> None:
-    """As one of however many ranks mpirun or srun started. What is wrong is said by the first; all end with its exit code."""
+def _preprocess(arguments: list[str]) -> int:
+    """As one of however many ranks mpirun or srun started. What is wrong is said once; all ranks end with the same exit code."""
     from mates.engine.data.steps import preprocess_step
-    from mates.preprocess.ranks import MpiRanks, find_ranks
+    from mates.preprocess.ranks import MpiRanks, find_ranks, is_agreed, on_all
 
-    ranks = find_ranks()
+    def parse() -> Recipe | None:
+        try:
+            return parse_with(recipe_parser("preprocess", VERBS["preprocess"].summary), arguments)[0]
+        except SystemExit as stop:  # help, or a word that the parser has said already
+            if stop.code:
+                raise RecipeError(f"rank {ranks.rank}: the arguments cannot be read") from None
+            return None
+
+    ranks = find_ranks()  # first of all, since a rank that ends before MPI has started is waited for
     if not isinstance(ranks, MpiRanks):
-        preprocess_step(recipe)
-        return
-    told: tuple[type[Exception], ...] = (*user_errors(), RecipeError, OSError)
+        preprocess_step(parse_with(recipe_parser("preprocess", VERBS["preprocess"].summary), arguments)[0])
+        return 0
     try:
-        preprocess_step(recipe, ranks)
-    except told as error:
+        recipes = on_all(ranks, parse)
+        recipe = recipes[0]
+        if recipe is not None and all(recipes):
+            preprocess_step(recipe, ranks)
+    except KeyboardInterrupt:
+        print("mates preprocess: interrupted; the same command continues where this one stopped", file=sys.stderr, flush=True)
+        ranks.abort(130)
+    except Exception as error:
+        if not is_agreed(error):  # the other ranks know nothing of it
+            traceback.print_exc()
+            ranks.abort(1)
         if ranks.rank == 0:
             raise
-        raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
-    except BaseException:
-        traceback.print_exc()
-        ranks.abort()
-        raise
+        return 1 if isinstance(error, STEP_FAILED) else 2
+    return 0
 
 
 def _sample_corpus(arguments: list[str]) -> int:
@@ -389,7 +405,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("say what a run will take, before anything runs: tokens, FLOPs, hours, disk, memory", _plan),
     "sample-corpus": Verb("write the embedded corpus of real English and its reference task", _sample_corpus),
     "tokenizer": _data_verb("tokenizer", "take or train the tokenizer"),
-    "preprocess": _data_verb("preprocess", "tokenize documents into memory-mapped indexed corpora"),
+    "preprocess": Verb("tokenize documents into memory-mapped indexed corpora", _preprocess),
     "reference": _data_verb("reference", "pack the reference task into tokens and labels"),
     "pretrain": _stage_verb("pretrain", "train one stage on its selection index"),
     "probe": _stage_verb("probe", "measure oracle influences on the checkpoint before a stage"),

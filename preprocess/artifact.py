@@ -20,9 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 2
@@ -161,6 +162,8 @@ def write_json(path: Path, value: Json) -> None:
 
 def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
     """Write an array as ``.npy``, atomically."""
+    import numpy as np
+
     buffer = io.BytesIO()  # straight into a file, numpy would report a full disk by an error without a number
     np.save(buffer, array, allow_pickle=False)
     with atomic_file(path) as handle:
@@ -171,7 +174,7 @@ def read_json(path: Path) -> Json:
     """Read a JSON file; an unreadable one raises ArtifactError naming it."""
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
 
 
@@ -281,6 +284,8 @@ def load(directory: Path, kind: str | None = None) -> Manifest:
         raise ArtifactError(f"{path}: not a manifest of this program ({error!r})") from error
     if not (isinstance(manifest.kind, str) and isinstance(manifest.fingerprint, str) and manifest.files):
         raise ArtifactError(f"{path}: not a manifest of this program (kind, fingerprint or files are missing)")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest.files):
+        raise ArtifactError(f"{path}: names files outside its folder")
     if not all(isinstance(value, Mapping) for value in (manifest.settings, manifest.inputs, manifest.info)):
         raise ArtifactError(f"{path}: not a manifest of this program (settings, inputs and info are JSON objects)")
     if not all(isinstance(value, int | float) for value in (manifest.cost.flops, manifest.cost.seconds, manifest.cost.tokens)):
@@ -318,6 +323,18 @@ def verify(directory: Path, kind: str | None = None) -> Manifest:
                 where = "" if size == path.stat().st_size else f" of bytes {start} to {start + size}"
                 raise ArtifactError(f"{path}: SHA-256 {found}{where}, the manifest says {expected}; the file was changed")
     return manifest
+
+
+def is_as_recorded(path: Path, record: FileRecord) -> bool:
+    """Whether a file is there and holds what its record says."""
+    if not path.is_file() or path.stat().st_size != record.bytes:
+        return False
+    start = 0
+    for size, digest in record.sections or ((record.bytes, record.sha256),):
+        if _sha256_range(path, start, size) != digest:
+            return False
+        start += size
+    return True
 
 
 def _sha256_range(path: Path, start: int, size: int) -> str:

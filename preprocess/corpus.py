@@ -38,7 +38,7 @@ __all__ = ["SPLITS", "TOKENS_NAME", "CorpusError", "CorpusSettings", "SplitShare
 
 PART_BYTES = 256 << 20
 JOIN_ALONE_BYTES = 1 << 30
-FORMAT = 1  # of the folder of unfinished work
+FORMAT = 2  # of the folder of unfinished work
 FIRST_DOCUMENTS = 64  # compared with the reference library before anything is written
 NGRAMS_NAME = "ngram_counts.npy"
 
@@ -148,7 +148,9 @@ def make_corpora(
     """
     ranks = ranks or Alone()
     inputs = on_first(ranks, lambda: inputs)  # a folder may have been listed at different times
-    tokenizer, tokenizer_manifest = open_tokenizer(tokenizer_dir, special_token_text=settings.special_token_text)
+    found = []  # a tokenizer cannot be sent
+    on_all(ranks, lambda: found.append(open_tokenizer(tokenizer_dir, special_token_text=settings.special_token_text)))
+    tokenizer, tokenizer_manifest = found[0]
     counted = [(file, index, of) for file in inputs for of in [parts_of(file, part_bytes)] for index in range(of)]
     job = _Job(
         directory=directory,
@@ -241,6 +243,10 @@ def _prepare(job: _Job, opened: list[CheckedEngine | LibraryEngine]) -> tuple[En
         if other != job.folder:
             job.say(f"preprocess: {other} holds unfinished work of other inputs or settings; remove it if it is not needed")
     job.folder.mkdir(exist_ok=True)
+    for corpus in job.splits:
+        for left in (job.directory / corpus).glob(".*.joining"):  # of unfinished work that is gone
+            if not (job.directory / f"unfinished-{left.name.split('.')[-2]}").exists():
+                left.unlink()
     for folder in (job.folder, job.directory, *(job.directory / split for split in job.splits)):
         for left in folder.glob(".*.tmp"):  # of killed processes: the lock says that none is at work
             left.unlink()
@@ -263,7 +269,7 @@ def _prepare(job: _Job, opened: list[CheckedEngine | LibraryEngine]) -> tuple[En
 def _first_documents(job: _Job) -> list[str]:
     """The first few texts; what is wrong with the input is said when it is read in earnest."""
     try:
-        block = next((block for block in PartReader(job.inputs[0], job.settings.reading) if block.texts), None)
+        block = next(iter(PartReader(job.inputs[0], job.settings.reading)), None)
     except InputError:
         return []
     return block.texts[:FIRST_DOCUMENTS] if block else []
@@ -403,12 +409,24 @@ def _tokenize_mine(job: _Job, engine: EngineName, opened: list[CheckedEngine | L
 # --- joining -------------------------------------------------------------------------------------------------------
 
 
+def _named_file(job: _Job) -> Path:
+    """Records of the files that were about to be given their names; written when all parts are in."""
+    return job.folder / "named.json"
+
+
+def _named(job: _Job) -> dict[str, dict[str, FileRecord]]:
+    if not _named_file(job).is_file():
+        return {}
+    raw = artifact.read_json(_named_file(job))
+    return {split: {name: FileRecord.from_json(record) for name, record in files.items()} for split, files in raw.items()}
+
+
 def _corpora(job: _Job, records: Sequence[PartRecord]) -> dict[str, JoinedCorpus]:
     corpora = {}
     for split in job.splits:
         total = places(records, split)[-1]
         layout = IndexLayout(dtype=token_dtype(job.vocab_size), sequences=total.sequence, documents=total.document)
-        corpora[split] = JoinedCorpus(directory=job.directory / split, layout=layout, tokens=total.token)
+        corpora[split] = JoinedCorpus(directory=job.directory / split, layout=layout, tokens=total.token, job=job.folder.name[-16:])
     return corpora
 
 
@@ -421,8 +439,10 @@ def _prepare_join(job: _Job, records: Sequence[PartRecord], corpora: Mapping[str
         for corpus in corpora.values():
             corpus.prepare()
         return True
-    if all(corpus.holds(all_joined=len(joined) == len(records)) for corpus in corpora.values()):
+    named = _named(job)
+    if all(corpus.holds(named.get(split)) for split, corpus in corpora.items()):
         return True
+    _named_file(job).unlink(missing_ok=True)
     for record in joined:
         PartFiles(job.folder, record.number).record.unlink()
     return False
@@ -442,7 +462,7 @@ def _join(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorp
     at = {split: places(records, split) for split in corpora}
     mine = {part.number for part in job.mine()}
     todo = [
-        Placement(record=record, parts=len(records), at={split: at[split][number] for split in corpora})
+        Placement(record=record, at={split: at[split][number] for split in corpora})
         for number, record in enumerate(records)
         if record.number in mine and not record.joined
     ]
@@ -458,18 +478,24 @@ def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCo
     write_rejects(job.directory / REJECTS_NAME, job.parts, records)
     total = sum(corpus.tokens for corpus in corpora.values())
     engines = sorted({record.engine for record in records})
-    for split, corpus in corpora.items():
-        hashed = {
-            metadata_name(number, len(records)): FileRecord(bytes=part.metadata_bytes, sha256=part.metadata_sha256)
-            for number, part in enumerate(record.splits[split] for record in records)
-            if part.documents
-        }
-        corpus.finish(hashed)
-        itemsize = corpus.layout.dtype.itemsize
-        hashed[corpus.bin.name] = FileRecord.of_sections(
-            (part.splits[split].tokens * itemsize, part.splits[split].sha256) for part in records
+    if not _named_file(job).is_file():
+        sealed = {split: _file_records(records, split, corpus) for split, corpus in corpora.items()}
+        artifact.write_json(
+            _named_file(job), {split: {name: item.as_json() for name, item in files.items()} for split, files in sealed.items()}
         )
-        names = [*hashed, corpus.idx.name]
+    named = _named(job)
+    for split, corpus in corpora.items():
+        metadata = {
+            metadata_name(number, len(records)): (
+                PartFiles(job.folder, record.number).metadata(split),
+                FileRecord(bytes=record.splits[split].metadata_bytes, sha256=record.splits[split].metadata_sha256),
+            )
+            for number, record in enumerate(records)
+            if record.splits[split].documents
+        }
+        corpus.name(metadata)
+        hashed = {name: record for name, (_, record) in metadata.items()} | named[split]
+        names = [*hashed]
         if "ngrams" in job.settings.features:
             _write_ngrams(job, split, records)
             names.append(NGRAMS_NAME)
@@ -494,6 +520,13 @@ def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCo
             cost=Cost(seconds=seconds * corpus.tokens / max(1, total), tokens=corpus.tokens),
         )
     shutil.rmtree(job.folder)
+
+
+def _file_records(records: Sequence[PartRecord], split: str, corpus: JoinedCorpus) -> dict[str, FileRecord]:
+    """Records of the token file, from the hashes of its parts, and of the index, which is complete with this."""
+    parts, itemsize = [record.splits[split] for record in records], corpus.layout.dtype.itemsize
+    sections = FileRecord.of_sections((part.tokens * itemsize, part.sha256) for part in parts)
+    return {corpus.bin.name: sections, corpus.idx.name: corpus.seal()}
 
 
 def _write_ngrams(job: _Job, split: str, records: Sequence[PartRecord]) -> None:

@@ -23,6 +23,7 @@ from mates.preprocess.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 FIRST_CHECKED = 64
 CHECK_ONE_IN = 4_096
+CHECKED_CHARACTERS = 1 << 16  # of a longer text, its beginning is checked: the library needs 100 bytes of memory for each of text
 EXCERPT_LENGTH = 60  # characters
 IDS_SHOWN = 4  # on either side of the first difference
 
@@ -158,15 +159,19 @@ class CheckedEngine:
         hashes = [text_hash(text) for text in texts] if hashes is None else hashes
         sample = [place for place, value in enumerate(hashes) if place < self._first_left or value % CHECK_ONE_IN == 0]
         self._first_left = max(0, self._first_left - len(texts))
-        self._compare([texts[place] for place in sample], [ids[offsets[place] : offsets[place + 1]] for place in sample])
+        short = [place for place in sample if len(texts[place]) <= CHECKED_CHARACTERS]
+        self._compare([texts[place] for place in short], [ids[offsets[place] : offsets[place + 1]] for place in short])
+        if len(short) < len(sample):
+            self.check([texts[place] for place in sample if len(texts[place]) > CHECKED_CHARACTERS])
         return ids, offsets
 
     def check(self, texts: Sequence[str]) -> None:
-        """Compare the ids of all of these texts with the library's.
+        """Compare the ids of all of these texts with the library's, of long ones those of their first 65,536 characters.
 
         Raises:
             EngineDifferenceError: as above.
         """
+        texts = [text[:CHECKED_CHARACTERS] for text in texts]
         ids, offsets = self._encode_fast(texts)
         self._compare(texts, _rows(ids, offsets))
 

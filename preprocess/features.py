@@ -13,6 +13,8 @@ import xxhash
 
 Feature = Literal["length", "hash", "ngrams"]
 FEATURES: tuple[Feature, ...] = ("length", "hash", "ngrams")
+TOKENS_COLUMN = "tokens"  # of every row: tokens of the document without the end-of-document token
+COLUMNS = (TOKENS_COLUMN, "utf8_bytes", "text_xxh3_128", "ngram_buckets", "ngram_counts")
 NGRAM_BUCKETS = 10_000  # as DSIR (arXiv 2302.03169) uses
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: Fibonacci hashing
 _SECOND = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -65,7 +67,7 @@ def feature_schema(features: Sequence[Feature]) -> list[pa.Field]:
     """Parquet columns of the features."""
     fields = []
     if "length" in features:
-        fields += [pa.field("utf8_bytes", pa.int64()), pa.field("tokens", pa.int32())]
+        fields.append(pa.field("utf8_bytes", pa.int64()))
     if "hash" in features:
         fields.append(pa.field("text_xxh3_128", pa.binary(16)))
     if "ngrams" in features:
@@ -88,7 +90,7 @@ def feature_columns(
     """
     columns, ngrams = [], None
     if "length" in features:
-        columns += [pa.array([len(item) for item in encoded], pa.int64()), pa.array(np.diff(offsets).astype(np.int32))]
+        columns.append(pa.array([len(item) for item in encoded], pa.int64()))
     if "hash" in features:
         columns.append(pa.array([xxhash.xxh3_128_digest(item) for item in encoded], pa.binary(16)))
     if "ngrams" in features:

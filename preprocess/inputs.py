@@ -74,9 +74,17 @@ def _find(pattern: str) -> Iterator[tuple[InputFile, str]]:
     prefix = _FILE_URL if pattern.startswith(_FILE_URL) else ""
     try:
         for path in _find_local(pattern.removeprefix(prefix)):
-            yield InputFile(f"{prefix}{path}", path.stat().st_size), os.path.realpath(path)
+            yield InputFile(_readable(f"{prefix}{path}"), path.stat().st_size), os.path.realpath(path)
     except OSError as error:  # a folder that may not be listed, say
         raise InputError(f"{pattern}: cannot be searched ({error})") from error
+
+
+def _readable(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name!a}: a name that is no UTF-8 cannot be recorded; rename the file or its folder") from error
+    return name
 
 
 def _is_remote(name: str) -> bool:

@@ -42,6 +42,8 @@ class JoinedCorpus:
     directory: Path
     layout: IndexLayout
     tokens: int
+    job: str
+    """Names the work that the files belong to: that of other settings in the same folder must not be taken for it."""
 
     @property
     def bin(self) -> Path:
@@ -60,7 +62,7 @@ class JoinedCorpus:
 
     def unfinished(self, path: Path) -> Path:
         """The name that a file has while parts are being placed."""
-        return path.with_name(f".{path.name}.joining")
+        return path.with_name(f".{path.name}.{self.job}.joining")
 
     def prepare(self) -> None:
         """Make the files at their full sizes."""
@@ -69,35 +71,52 @@ class JoinedCorpus:
             with self.unfinished(path).open("wb") as handle:
                 handle.truncate(size)
 
-    def holds(self, *, all_joined: bool) -> bool:
-        """Whether the files that an earlier attempt placed parts in are still there: under their temporary names, or, where every
-        part was in, perhaps under the final ones."""
+    def seal(self) -> FileRecord:
+        """All parts are in: write the index' header. Returns the index' record."""
+        path = self.unfinished(self.idx)
+        with path.open("r+b") as handle:
+            handle.write(self.layout.header())
+            handle.flush()
+            os.fsync(handle.fileno())
+        return FileRecord(bytes=path.stat().st_size, sha256=artifact.sha256_file(path))
+
+    def holds(self, sealed: Mapping[str, FileRecord] | None) -> bool:
+        """Whether the files that an earlier attempt placed parts in are still there.
+
+        Args:
+            sealed: records of .bin and .idx by name, where the attempt came to giving them their names; under those, another's files
+                may stand by now, so these are read and compared.
+        """
         for path, size in ((self.bin, self.bin_bytes), (self.idx, self.layout.size)):
-            names = (self.unfinished(path), path) if all_joined else (self.unfinished(path),)
-            there = next((name for name in names if name.is_file()), None)
-            if there is None or there.stat().st_size != size:
+            if self.unfinished(path).is_file():
+                if self.unfinished(path).stat().st_size != size:
+                    return False
+            elif sealed is None or not artifact.is_as_recorded(path, sealed[path.name]):
                 return False
         return True
 
-    def finish(self, metadata: Mapping[str, FileRecord]) -> None:
-        """All parts are in: write the index' header and give the files their names. The index comes last."""
+    def name(self, metadata: Mapping[str, tuple[Path, FileRecord]]) -> None:
+        """Give the files their names, the index last.
+
+        Args:
+            metadata: by name in the corpus folder, where each Parquet file was written, and its record.
+
+        Raises:
+            ArtifactError: one is missing, or is not what was written.
+        """
         for path in sorted((self.directory / METADATA_FOLDER).iterdir()):
             if f"{METADATA_FOLDER}/{path.name}" not in metadata:  # of an earlier corpus in this folder
                 path.unlink()
-        unfinished = self.unfinished(self.idx)
-        if unfinished.exists():
-            with unfinished.open("r+b") as handle:
-                handle.write(self.layout.header())
-                handle.flush()
-                os.fsync(handle.fileno())
+        for name, (written, record) in metadata.items():
+            if written.exists():
+                written.replace(self.directory / name)
+            elif not artifact.is_as_recorded(self.directory / name, record):
+                raise ArtifactError(f"{self.directory / name}: not what was written; remove {written.parent} and run the step again")
+        artifact.fsync_directory(self.directory / METADATA_FOLDER)
         for path in (self.bin, self.idx):
             if self.unfinished(path).exists():
                 self.unfinished(path).replace(path)
         artifact.fsync_directory(self.directory)
-        sizes = {self.bin: self.bin_bytes, self.idx: self.layout.size}
-        for path, size in (sizes | {self.directory / name: record.bytes for name, record in metadata.items()}).items():
-            if not path.is_file() or path.stat().st_size != size:
-                raise ArtifactError(f"{path}: missing or not of {size} bytes after joining; remove {self.directory} and run the step again")
 
 
 def places(records: Sequence[PartRecord], split: str) -> list[Place]:
@@ -122,7 +141,6 @@ class Placement:
     """All that placing one part needs."""
 
     record: PartRecord
-    parts: int
     at: Mapping[str, Place]
 
 
@@ -161,16 +179,12 @@ class Joiner:
                 target.write(data)
             target.flush()
             os.fsync(target.fileno())
-        final = corpus.directory / metadata_name(placement.record.number, placement.parts)
-        if files.metadata(split).exists():  # gone where an earlier attempt was killed right after this
-            files.metadata(split).replace(final)
-            artifact.fsync_directory(final.parent)
 
 
 def remove_part(files: PartFiles, record: PartRecord) -> None:
-    """Remove the files of a part, its record and n-gram counts excepted."""
+    """Remove the files of a part that were copied."""
     for split in record.splits:
-        for path in (files.tokens(split), files.lengths(split), files.metadata(split)):
+        for path in (files.tokens(split), files.lengths(split)):
             path.unlink(missing_ok=True)
 
 

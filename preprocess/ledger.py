@@ -78,6 +78,8 @@ def refuse_empty(splits: Iterable[str], inputs: Sequence[InputFile], records: Se
         found = sum(record.documents for record in records)
         dropped: Counter[str] = sum((Counter(record.dropped) for record in records), Counter())
         share = f"a larger corpus.{split}_share" if split != "train" else "smaller corpus.pool_share and corpus.holdout_share"
+        if 2 * dropped["no text field"] > found:
+            share = "the name of the text's field in corpus.text_field"
         raise InputError(
             f"no document for the {split} corpus: {len(inputs)} files from {inputs[0].name} on hold {found} documents, "
             f"dropped {dict(dropped)}. Give more documents, or {share}"

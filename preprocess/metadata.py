@@ -24,13 +24,19 @@ def document_rows(directory: Path, numbers: Sequence[int], columns: Sequence[str
         columns: the columns wanted; all by default.
 
     Raises:
-        ArtifactError: no corpus. IndexError: a number outside the corpus.
+        ArtifactError: no corpus. IndexError: a number outside the corpus. TypeError, KeyError: numbers or columns that are none.
     """
     manifest = artifact.load(directory, "corpus")
     files = sorted(name for name in manifest.files if name.startswith(f"{METADATA_FOLDER}/"))
     counts = [pq.read_metadata(directory / name).num_rows for name in files]
     ends = np.cumsum(counts)
-    wanted = np.asarray(numbers, np.int64)
+    wanted = np.asarray(numbers)
+    if len(wanted) and wanted.dtype.kind not in "iu":
+        raise TypeError(f"document numbers of dtype {wanted.dtype}; expected integers")
+    wanted = wanted.astype(np.int64)
+    known = pq.read_schema(directory / files[0]).names
+    if unknown := [name for name in columns or () if name not in known]:
+        raise KeyError(f"{directory}: no column {', '.join(unknown)}; found {', '.join(known)}")
     if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < int(ends[-1])):
         raise IndexError(f"{directory}: documents {wanted.min()} to {wanted.max()} of {ends[-1]}")
     file_of = np.searchsorted(ends, wanted, side="right")

@@ -25,7 +25,7 @@ import xxhash
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 from mates.preprocess.encode import CheckedEngine, Engine
-from mates.preprocess.features import NGRAM_BUCKETS, Feature, feature_columns, feature_schema
+from mates.preprocess.features import NGRAM_BUCKETS, TOKENS_COLUMN, Feature, feature_columns, feature_schema
 from mates.preprocess.indexed import token_dtype
 from mates.preprocess.inputs import InputFile
 from mates.preprocess.readers import Block, PartReader, ReadOptions
@@ -33,6 +33,7 @@ from mates.preprocess.workers import Stop, StoppedError
 
 SPLITS = ("train", "pool", "holdout")
 ROW_GROUP = 65_536  # documents
+HELD_BYTES = 32 << 20  # of rows that wait to be written
 HASH_SPACE = 2.0**64
 HASHED_CHARACTERS = 256
 LENGTH_KEY = 0x9E3779B97F4A7C15  # any odd number: lengths next to each other get keys far apart
@@ -175,7 +176,7 @@ class _SplitWriter:
         self._metadata_path = files.metadata(split)
         self._metadata_handle = stack.enter_context(artifact.atomic_file(self._metadata_path))
         self._metadata = stack.enter_context(pq.ParquetWriter(self._metadata_handle, schema))
-        self._schema, self._held = schema, 0
+        self._schema, self._held, self._held_bytes = schema, 0, 0
         self._batches: list[pa.RecordBatch] = []
         self._digest = hashlib.sha256()
         self._dtype = dtype
@@ -185,12 +186,14 @@ class _SplitWriter:
         self._digest.update(ids.data)
         self._tokens.write(ids.data)
         self._lengths.write(lengths.data)
-        self._batches.append(pa.record_batch(columns, schema=self._schema))
+        batch = pa.record_batch(columns, schema=self._schema)
+        self._batches.append(batch)
         self._held += len(lengths)
+        self._held_bytes += batch.nbytes
         self.documents += len(lengths)
         self.sequences += int(np.count_nonzero(lengths))
         self.tokens += len(ids)
-        if self._held >= ROW_GROUP:
+        if self._held >= ROW_GROUP or self._held_bytes >= HELD_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -198,7 +201,7 @@ class _SplitWriter:
         if self._batches:
             self._metadata.write_table(pa.Table.from_batches(self._batches, schema=self._schema), row_group_size=ROW_GROUP)
             self._batches.clear()
-            self._held = 0
+            self._held = self._held_bytes = 0
 
     def record(self) -> SplitRecord:
         """To be called when the files are closed."""
@@ -247,7 +250,7 @@ class PartWriter:
         self._end_of_document = end_of_document
         self._dtype = token_dtype(vocab_size)
         metadata = [pa.field(name, pa.string()) for name in settings.reading.metadata_fields]
-        self._schema = pa.schema(metadata + feature_schema(settings.features))
+        self._schema = pa.schema([*metadata, pa.field(TOKENS_COLUMN, pa.int32()), *feature_schema(settings.features)])
 
     def __call__(self, part: Part, progress: Callable[[int], None] = lambda documents: None) -> PartRecord:
         """Write a part's files and its record.
@@ -303,6 +306,7 @@ class PartWriter:
             texts = block.texts if whole else [block.texts[row] for row in chosen]
             ids, offsets = self._encode(texts, hashes if whole else [hashes[row] for row in chosen])
             columns = [pa.array(column if whole else [column[row] for row in chosen], pa.string()) for column in block.metadata]
+            columns.append(pa.array(np.diff(offsets).astype(np.int32)))
             if self._settings.features:
                 more, counts = feature_columns(self._settings.features, [text.encode() for text in texts], ids, offsets)
                 columns += more

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
 
+_AGREED = "told_to_all_ranks"
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
 
 
@@ -52,9 +53,9 @@ class MpiRanks:
         """See :class:`Ranks`."""
         return list(self._communicator.allgather(value))
 
-    def abort(self) -> None:
+    def abort(self, code: int) -> None:
         """End all ranks at once; a rank that merely exits would be waited for."""
-        self._communicator.Abort(1)
+        self._communicator.Abort(code)
 
 
 def find_ranks() -> Alone | MpiRanks:
@@ -96,6 +97,11 @@ def on_all(ranks: Ranks, make: Callable[[], Result]) -> list[Result]:
     return values
 
 
+def is_agreed(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, was raised on all ranks alike."""
+    return any(item is not None and _AGREED in vars(item) for item in (error, error.__cause__))
+
+
 def _agree(ranks: Ranks, make: Callable[[], Any]) -> list[Any]:
     value, error = None, None
     try:
@@ -105,5 +111,7 @@ def _agree(ranks: Ranks, make: Callable[[], Any]) -> list[Any]:
     told = ranks.gather((value, error))
     for rank, (_, other) in enumerate(told):
         if other is not None:  # the same one on all ranks, or they would part ways
-            raise error if rank == ranks.rank and error is not None else other
+            raised = error if rank == ranks.rank and error is not None else other
+            vars(raised)[_AGREED] = True
+            raise raised
     return [value for value, _ in told]

@@ -40,7 +40,7 @@ class ReadOptions:
     metadata_fields: tuple[str, ...] = ("url", "timestamp", "source")
     on_bad_input: Literal["skip", "fail"] = "skip"
     keep_empty: bool = False
-    max_document_bytes: int = 32 << 20
+    max_document_bytes: int = 8 << 20
     max_expansion: int = 200
 
 

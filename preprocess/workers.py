@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -72,8 +72,11 @@ def for_each(
     context = multiprocessing.get_context("spawn")  # fork would copy the locks of other threads
     stop = context.Event()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make, stop, os.getpid())) as executor:
-        futures: set[Future[Result]] = {executor.submit(_work, piece) for piece in todo}
+        futures: set[Future[Result]] = set()
         try:
+            with _no_interrupts():  # a process that is starting would die of it with a stack trace
+                futures.add(executor.submit(_work, todo[0]))
+            futures |= {executor.submit(_work, piece) for piece in todo[1:]}
             while futures:
                 finished, futures = wait(futures, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -89,10 +92,21 @@ def for_each(
                 executor.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Holds Ctrl-C back, here and in processes that are started."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(make: Callable[[Stop], Callable[[Any], Any]], stop: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _state["work"] = make(stop)
+    _state.update(make=make, stop=stop)
 
 
 def _end_with(parent: int) -> None:
@@ -103,6 +117,8 @@ def _end_with(parent: int) -> None:
 
 
 def _work(piece: Any) -> Any:
+    if "work" not in _state:  # not in _start, where an error would look like a killed process
+        _state["work"] = _state["make"](_state["stop"])
     return _state["work"](piece)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mates.preprocess.artifact import Manifest
 from mates.preprocess.corpus import CorpusSettings, SplitShares, make_corpora, texts_of
 from mates.preprocess.inputs import InputFile, find_inputs
 from mates.preprocess.ledger import REJECTS_NAME
-from mates.preprocess.ranks import Alone, Ranks
+from mates.preprocess.ranks import Alone, Ranks, on_all
 from mates.preprocess.readers import ReadOptions
 from mates.preprocess.sample_corpus import write_sample_corpus
 from mates.preprocess.tokenizer import make_tokenizer
@@ -43,7 +44,7 @@ def sample_corpus_step(recipe: Recipe) -> Manifest | None:
 
 def input_files(recipe: Recipe) -> list[InputFile]:
     """The recipe's input files, ``sample`` standing for the shards of the embedded corpus."""
-    shards = f"{layout_of(recipe).sample_corpus}/shard-*.json.gz"
+    shards = f"{glob.escape(str(layout_of(recipe).sample_corpus))}/shard-*.json.gz"
     return find_inputs([shards if item == SAMPLE else item for item in recipe.corpus.inputs])
 
 
@@ -96,7 +97,7 @@ def tokenizer_step(recipe: Recipe) -> Manifest:
 def preprocess_step(recipe: Recipe, ranks: Ranks | None = None) -> dict[str, Manifest]:
     """Tokenize the documents into the train, pool and holdout corpora, as one of the ranks that were started."""
     layout, ranks = layout_of(recipe), ranks or Alone()
-    files = input_files(recipe)
+    files, origin = on_all(ranks, lambda: (input_files(recipe), _origin(recipe)))[0]  # an error of one rank is told to all
     workers = recipe.corpus.workers or (default_workers() if ranks.size == 1 else 1)
     with Progress("preprocess", sum(file.bytes for file in files), "byte", enabled=ranks.rank == 0 and ranks.size == 1) as shown:
         done = make_corpora(
@@ -111,7 +112,7 @@ def preprocess_step(recipe: Recipe, ranks: Ranks | None = None) -> dict[str, Man
             tokenizer_dir=layout.tokenizer,
             workers=workers,
             ranks=ranks,
-            origin=_origin(recipe),
+            origin=origin,
             progress=shown.reach,
             say=say if ranks.rank == 0 else lambda text: None,
         )
@@ -130,7 +131,9 @@ def _say_corpora(done: dict[str, Manifest], directory: Path) -> None:
         say(f"preprocess: dropped {reasons}; examples in {directory / REJECTS_NAME}")
     damaged = [file for file in files if file["damage"]]
     if damaged:
-        say(f"preprocess: WARNING: {len(damaged)} damaged files were read up to the damage and no further; in all: {damaged[0]['damage']}")
+        first = "; ".join(f"{file['path']}: {file['damage']}" for file in damaged[:3])
+        more = f"; and {len(damaged) - 3} more, named in {directory / REJECTS_NAME}" if len(damaged) > 3 else ""
+        say(f"preprocess: WARNING: {len(damaged)} damaged files were read up to the damage and no further: {first}{more}")
 
 
 def reference_step(recipe: Recipe) -> dict[Half, Manifest]:

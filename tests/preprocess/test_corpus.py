@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 import zstandard
 
-from mates.preprocess import artifact
+from mates.preprocess import artifact, readers
 from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Manifest
 from mates.preprocess.corpus import SPLITS, CorpusSettings, SplitShares, make_corpora, texts_of
 from mates.preprocess.features import NGRAM_BUCKETS, Feature, ngram_buckets
@@ -141,7 +141,10 @@ def test_tokens_and_metadata_are_those_of_each_document_in_order(
         assert np.count_nonzero(found.tokens == end) == len(own)
         assert found.tokens.dtype == np.uint16
 
-        assert metadata(directory / split) == [{"url": row["url"], "timestamp": row["timestamp"], "source": "s?"} for row in own]
+        assert metadata(directory / split) == [
+            {"url": row["url"], "timestamp": row["timestamp"], "source": "s?", "tokens": len(ids) - 1}
+            for row, ids in zip(own, expected, strict=True)
+        ]
         assert manifests[split].info["documents"] == len(own) > 50
         assert manifests[split].info["tokens"] == manifests[split].cost.tokens == len(found.tokens)
         assert artifact.verify(directory / split, "corpus") == manifests[split]
@@ -156,10 +159,37 @@ def test_rows_by_document_number(corpora: tuple[Path, dict[str, Manifest]], rows
         table = document_rows(directory, numbers, ["url"])
         assert table.column_names == ["url"]
         assert table["url"].to_pylist() == [own[number] for number in numbers]
-    assert document_rows(directory, [0, len(own) - 1]).column_names == ["url", "timestamp", "source"]
+    assert document_rows(directory, [0, len(own) - 1]).column_names == ["url", "timestamp", "source", "tokens"]
     for number in (-1, len(own)):
         with pytest.raises(IndexError, match=f"of {len(own)}"):
             document_rows(directory, [number])
+    with pytest.raises(TypeError, match="expected integers"):
+        document_rows(directory, [1.5])  # type: ignore[list-item]
+    with pytest.raises(KeyError, match="no column page; found url"):
+        document_rows(directory, [1], ["page"])
+
+
+def test_a_corpus_of_text_alone_has_rows_too(tmp_path: Path, bpe_dir: Path) -> None:
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(5)))
+    make(tmp_path / "corpora", [path], bpe_dir, shares=SplitShares(pool=0, holdout=0, seed=0), reading={"metadata_fields": ()})
+    table = document_rows(tmp_path / "corpora/train", range(5))
+    lengths = open_indexed(tmp_path / "corpora/train/tokens").lengths
+    assert table.to_pydict() == {"tokens": (lengths - 1).tolist()}
+
+
+def test_rows_with_much_metadata_are_written_as_they_come(tmp_path: Path, bpe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by bytes, not by documents: more row groups, the same rows."""
+    from mates.preprocess import parts
+
+    monkeypatch.setattr(parts, "HELD_BYTES", 1_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 2_000)
+    path = tmp_path / "plain.jsonl"
+    rows = [{"text": f"document {number}", "url": f"{number}" * 200} for number in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make(tmp_path / "corpora", [path], bpe_dir, shares=SplitShares(pool=0, holdout=0, seed=0))
+    assert [row["url"] for row in metadata(tmp_path / "corpora/train")] == [row["url"] for row in rows]
+    assert pq.read_metadata(tmp_path / "corpora/train/documents/00000.parquet").num_row_groups > 5
 
 
 def test_every_document_is_accounted_for(corpora: tuple[Path, dict[str, Manifest]], rows: list[Row], inputs: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -303,7 +304,63 @@ def test_joined_files_that_were_lost_are_made_again(
         context.setattr(corpus, "_finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path, inputs, bpe_dir)
-    (tmp_path / "pool" / ".tokens.bin.joining").unlink()
+    next((tmp_path / "pool").glob(".tokens.bin.*.joining")).unlink()
+    make(tmp_path, inputs, bpe_dir)
+    assert hashes(tmp_path) == expected
+
+
+def test_work_of_other_settings_in_between_is_not_taken_for_ones_own(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two settings that give files of the same sizes, each interrupted while joining, turn by turn."""
+    from mates.preprocess import join
+
+    other = dataclasses.replace(SETTINGS, reading=ReadOptions(max_document_bytes=1 << 20))
+
+    def interrupted_after(count: int, settings: CorpusSettings) -> None:
+        remove = join.remove_part
+
+        def then_interrupted(files: PartFiles, record: PartRecord) -> None:
+            nonlocal count
+            count -= 1
+            if count < 0:
+                raise KeyboardInterrupt
+            remove(files, record)
+
+        with monkeypatch.context() as context:
+            context.setattr(join, "remove_part", then_interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                make(tmp_path, inputs, bpe_dir, settings=settings)
+
+    for count in (3, 5):
+        interrupted_after(count, SETTINGS)
+        interrupted_after(1, other)
+    make(tmp_path, inputs, bpe_dir)
+    left = ("unfinished-", *(f"{split}/." for split in SPLITS))  # what the other settings' work leaves
+    assert {name: value for name, value in hashes(tmp_path).items() if not name.startswith(left)} == expected
+    for split in SPLITS:
+        artifact.verify(tmp_path / split)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "documents/00000.parquet"])
+def test_files_that_have_their_names_are_read_again_before_they_are_believed(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Killed between the last name and the manifest; then something else wrote a file of the same size."""
+
+    def interrupted(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(artifact, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, inputs, bpe_dir)
+    path = tmp_path / "train" / name
+    path.write_bytes(bytes(path.stat().st_size))
+    if name.startswith("documents"):
+        with pytest.raises(ArtifactError, match=r"not what was written; remove .*unfinished"):
+            make(tmp_path, inputs, bpe_dir)
+        shutil.rmtree(next(tmp_path.glob("unfinished-*")))
     make(tmp_path, inputs, bpe_dir)
     assert hashes(tmp_path) == expected
 
