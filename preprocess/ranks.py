@@ -6,8 +6,11 @@ error of one rank is told to all at the next meeting, so that none waits for a r
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
@@ -70,7 +73,8 @@ def find_ranks() -> Alone | MpiRanks:
     if promised == 1 and not any(name in os.environ for name in MPI_VARIABLES):
         return Alone()
     try:
-        from mpi4py import MPI
+        with _interrupts_kill():
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RanksError(
             f"{promised} ranks were started but MPI cannot be loaded ({error}); install an MPI library (`pip install mpich`), "
@@ -83,6 +87,19 @@ def find_ranks() -> Alone | MpiRanks:
             "(under SLURM try `srun --mpi=pmi2` or `--mpi=pmix`)"
         )
     return ranks if ranks.size > 1 else Alone()
+
+
+@contextlib.contextmanager
+def _interrupts_kill() -> Iterator[None]:
+    """Lets Ctrl-C end a rank that waits inside the MPI library for others to start; Python would notice it only afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def on_first(ranks: Ranks, make: Callable[[], Result]) -> Result:

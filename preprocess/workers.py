@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
@@ -74,9 +75,8 @@ def for_each(
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make, stop, os.getpid())) as executor:
         futures: set[Future[Result]] = set()
         try:
-            with _no_interrupts():  # a process that is starting would die of it with a stack trace
-                futures.add(executor.submit(_work, todo[0]))
-            futures |= {executor.submit(_work, piece) for piece in todo[1:]}
+            with _no_interrupts():  # submitting starts processes, which would die of it with a stack trace
+                futures |= {executor.submit(_work, piece) for piece in todo}
             while futures:
                 finished, futures = wait(futures, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -95,6 +95,7 @@ def for_each(
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Holds Ctrl-C back, here and in processes that are started."""
+    resource_tracker.ensure_running()  # when it starts later, it lets Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

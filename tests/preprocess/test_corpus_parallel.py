@@ -163,6 +163,25 @@ def test_an_error_of_one_mpi_rank_ends_all(tmp_path: Path, inputs: Path, bpe_dir
     assert not list((tmp_path / "out").rglob("manifest.json"))
 
 
+def test_what_one_rank_cannot_see_ends_all(tmp_path: Path, inputs: Path) -> None:
+    """The command itself: one rank has no inputs, or no recipe. The others must not wait for it, and it is said once."""
+    mates = str(Path(sys.executable).parent / "mates")
+    (tmp_path / "here/x").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    shutil.copy(inputs / "0.jsonl", tmp_path / "here/x")
+    (tmp_path / "here/recipe.yaml").write_text("seed: 1\n")
+    for arguments, message in (
+        (["--corpus.inputs", "[x/*.jsonl]"], "x/*.jsonl: no such file"),
+        (["recipe.yaml"], "cannot be read as a recipe"),
+    ):
+        one = [mates, "preprocess", *arguments, "--run_dir", str(tmp_path / "run")]
+        run = [mpirun(), "-n", "1", "-wdir", str(tmp_path / "here"), *one, ":", "-n", "1", "-wdir", str(tmp_path / "there"), *one]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        assert done.stderr.count(message) == 1
+        assert "Traceback" not in done.stderr
+
+
 def test_ranks_that_do_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher and an MPI library that do not belong together give N jobs of one rank."""
     mpirun()
