@@ -21,7 +21,6 @@ import xxhash
 
 from mates.preprocess.tokenizer import HuggingFaceTokenizer, Tokenizer
 
-FIRST_CHECKED = 64
 CHECK_ONE_IN = 4_096
 CHECKED_CHARACTERS = 1 << 16  # of a longer text, its beginning is checked: the library needs 100 bytes of memory for each of text
 EXCERPT_LENGTH = 60  # characters
@@ -134,16 +133,15 @@ class CheckedEngine:
     """A fast engine, of which the library encodes a sample again.
 
     The sample is every text whose :func:`text_hash` is a multiple of :data:`CHECK_ONE_IN`, so it depends on the texts alone and not
-    on batches or workers; with ``check_first`` it is also the first :data:`FIRST_CHECKED` texts that this object sees.
+    on batches or workers.
     """
 
-    def __init__(self, fast: Engine, reference: Engine, *, check_first: bool = False) -> None:
+    def __init__(self, fast: Engine, reference: Engine) -> None:
         self.name = fast.name
         self.checked = 0
         """Texts checked so far."""
         self._fast = fast
         self._reference = reference
-        self._first_left = FIRST_CHECKED if check_first else 0
 
     def encode(self, texts: Sequence[str], hashes: Sequence[int] | None = None) -> tuple[Ids, Offsets]:
         """See :class:`Engine`.
@@ -157,8 +155,7 @@ class CheckedEngine:
         """
         ids, offsets = self._encode_fast(texts)
         hashes = [text_hash(text) for text in texts] if hashes is None else hashes
-        sample = [place for place, value in enumerate(hashes) if place < self._first_left or value % CHECK_ONE_IN == 0]
-        self._first_left = max(0, self._first_left - len(texts))
+        sample = [place for place, value in enumerate(hashes) if value % CHECK_ONE_IN == 0]
         short = [place for place in sample if len(texts[place]) <= CHECKED_CHARACTERS]
         self._compare([texts[place] for place in short], [ids[offsets[place] : offsets[place + 1]] for place in short])
         if len(short) < len(sample):
@@ -278,10 +275,10 @@ def choose_engine(tokenizer: Tokenizer, file: Path, make_fast: Callable[[Tokeniz
     return Choice(engine="fastokens", why=why, opened=checked)
 
 
-def open_engine(tokenizer: Tokenizer, engine: str, *, check_first: bool = False) -> CheckedEngine | LibraryEngine:
+def open_engine(tokenizer: Tokenizer, engine: str) -> CheckedEngine | LibraryEngine:
     """The engine that :class:`Choice` names; it is checked where it is not the library."""
     reference = LibraryEngine(tokenizer)
-    return reference if engine == reference.name else CheckedEngine(FastokensEngine(tokenizer), reference, check_first=check_first)
+    return reference if engine == reference.name else CheckedEngine(FastokensEngine(tokenizer), reference)
 
 
 def _added_tokens(tokenizer: Tokenizer) -> list[str]:

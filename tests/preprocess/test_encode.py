@@ -27,7 +27,7 @@ from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPEToken
 from mates.preprocess import encode
 from mates.preprocess.encode import (
     CHECK_ONE_IN,
-    FIRST_CHECKED,
+    CHECKED_CHARACTERS,
     CheckedEngine,
     Choice,
     Engine,
@@ -289,11 +289,10 @@ def test_other_kinds_are_the_librarys(name: str) -> None:
 
 
 def test_the_chosen_engine_is_opened(tokenizer: Tokenizer, texts: list[str]) -> None:
-    fast, plain = (open_engine(tokenizer, name, check_first=True) for name in ("fastokens", "library"))
+    fast, plain = (open_engine(tokenizer, name) for name in ("fastokens", "library"))
     assert (fast.name, plain.name) == ("fastokens", "library")
     assert rows(fast.encode(texts[:100])) == rows(plain.encode(texts[:100]))
     assert isinstance(fast, CheckedEngine)
-    assert fast.checked >= FIRST_CHECKED
 
 
 # --- wrong engines -------------------------------------------------------------------------------------------------
@@ -393,18 +392,15 @@ def test_the_callers_hashes_are_taken(tokenizer: Tokenizer) -> None:
     assert reference.seen == ["b", "d"]
 
 
-def test_the_first_texts_are_checked_where_asked(tokenizer: Tokenizer) -> None:
-    texts = [text for text in numbered(300) if text_hash(text) % CHECK_ONE_IN]
-    for size in (1, 50, 300):
+def test_of_a_long_text_the_beginning_is_checked(tokenizer: Tokenizer) -> None:
+    """The library would need a hundred times its size in memory for the whole of it."""
+    long = "word " * CHECKED_CHARACTERS
+    for check in (CheckedEngine.check, lambda engine, texts: engine.encode(texts, [0])):
         reference = Recorder(LibraryEngine(tokenizer))
-        engine = CheckedEngine(Wrong(tokenizer, lambda text: False), reference, check_first=True)
-        for start in range(0, len(texts), size):
-            engine.encode(texts[start : start + size])
-        assert reference.seen == texts[:FIRST_CHECKED]
-    last, after = texts[FIRST_CHECKED - 1 : FIRST_CHECKED + 1]
-    CheckedEngine(Wrong(tokenizer, lambda text: text == after), LibraryEngine(tokenizer), check_first=True).encode(texts)
-    with pytest.raises(EngineDifferenceError, match=last):
-        CheckedEngine(Wrong(tokenizer, lambda text: text == last), LibraryEngine(tokenizer), check_first=True).encode(texts)
+        check(CheckedEngine(Wrong(tokenizer, lambda text: text == long), reference), [long])
+        assert reference.seen == [long[:CHECKED_CHARACTERS]]
+        with pytest.raises(EngineDifferenceError):
+            check(CheckedEngine(Wrong(tokenizer, lambda text: len(text) == CHECKED_CHARACTERS), reference), [long])
 
 
 def test_a_wrong_id_in_a_checked_text_is_an_error(tokenizer: Tokenizer) -> None:
@@ -424,10 +420,10 @@ def test_a_wrong_id_in_a_checked_text_is_an_error(tokenizer: Tokenizer) -> None:
 def test_the_text_is_cut_down_to_the_difference(tokenizer: Tokenizer) -> None:
     long = "some words " * 2_000 + "the \u1680 culprit " + "and more " * 2_000
     with pytest.raises(EngineDifferenceError) as caught:
-        CheckedEngine(Wrong(tokenizer, lambda text: "\u1680" in text), LibraryEngine(tokenizer), check_first=True).encode([long])
+        CheckedEngine(Wrong(tokenizer, lambda text: "\u1680" in text), LibraryEngine(tokenizer)).check([long])
     assert caught.value.excerpt == "\u1680"
     with pytest.raises(EngineDifferenceError, match=r"\.\.\. \(\d+ characters\)") as caught:
-        CheckedEngine(Wrong(tokenizer, lambda text: text == long), LibraryEngine(tokenizer), check_first=True).encode([long])
+        CheckedEngine(Wrong(tokenizer, lambda text: text == long), LibraryEngine(tokenizer)).check([long])
     assert len(str(caught.value)) < 400
 
 
