@@ -80,6 +80,13 @@ class FileRecord:
             return cls(bytes=total, sha256=kept[0][1])
         return cls(bytes=total, sha256=hashlib.sha256(b"".join(bytes.fromhex(digest) for _, digest in kept)).hexdigest(), sections=kept)
 
+    def pieces(self) -> Iterator[tuple[int, int, str]]:
+        """What the file is verified by: where each section starts, its bytes and its SHA-256."""
+        start = 0
+        for size, digest in self.sections or ((self.bytes, self.sha256),):
+            yield start, size, digest
+            start += size
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Json]) -> FileRecord:
         """What a manifest says of a file. TypeError, ValueError or KeyError where it says something else."""
@@ -312,10 +319,7 @@ def verify(directory: Path, kind: str | None = None) -> Manifest:
     manifest = load(directory, kind)
     pieces: list[tuple[Path, int, int, str]] = []
     for name, record in manifest.files.items():
-        start = 0
-        for size, digest in record.sections or ((record.bytes, record.sha256),):
-            pieces.append((directory / name, start, size, digest))
-            start += size
+        pieces += [(directory / name, *piece) for piece in record.pieces()]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 32)) as pool:
         digests = pool.map(lambda piece: _sha256_range(*piece[:3]), pieces)
         for (path, start, size, expected), found in zip(pieces, digests, strict=True):
@@ -329,12 +333,7 @@ def is_as_recorded(path: Path, record: FileRecord) -> bool:
     """Whether a file is there and holds what its record says."""
     if not path.is_file() or path.stat().st_size != record.bytes:
         return False
-    start = 0
-    for size, digest in record.sections or ((record.bytes, record.sha256),):
-        if _sha256_range(path, start, size) != digest:
-            return False
-        start += size
-    return True
+    return all(_sha256_range(path, start, size) == digest for start, size, digest in record.pieces())
 
 
 def _sha256_range(path: Path, start: int, size: int) -> str:

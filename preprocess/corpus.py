@@ -31,7 +31,7 @@ from mates.preprocess.ledger import REJECTS_NAME, make_ledgers, refuse_empty, wr
 from mates.preprocess.parts import SPLITS, Part, PartFiles, PartRecord, PartSettings, PartWriter, SplitShares, read_record
 from mates.preprocess.ranks import Alone, Ranks, on_all, on_first
 from mates.preprocess.readers import PartReader, ReadOptions, parts_of, read_texts
-from mates.preprocess.tokenizer import SpecialTokenText, open_tokenizer
+from mates.preprocess.tokenizer import SpecialTokenText, Tokenizer, open_tokenizer
 from mates.preprocess.workers import WORKERS_LOCK, Stop, for_each, hold_worker_lock, try_lock
 
 __all__ = ["SPLITS", "TOKENS_NAME", "CorpusError", "CorpusSettings", "SplitShares", "make_corpora", "texts_of"]
@@ -74,13 +74,13 @@ class _Job:
 
     directory: Path
     tokenizer_dir: Path
+    tokenizer: Tokenizer
+    tokenizer_file: str
     settings: CorpusSettings
     inputs: list[InputFile]
     parts: list[Part]
     asked: dict[str, Any]
     parents: dict[str, str]
-    vocab_size: int
-    end_of_document: int
     workers: int
     ranks: Ranks
     progress: Progress
@@ -155,13 +155,13 @@ def make_corpora(
     job = _Job(
         directory=directory,
         tokenizer_dir=tokenizer_dir,
+        tokenizer=tokenizer,
+        tokenizer_file=tokenizer_manifest.info["file"],
         settings=settings,
         inputs=inputs,
         parts=[Part(number=number, file=file, index=index, of=of) for number, (file, index, of) in enumerate(counted)],
         asked=settings.as_json() | {"inputs": origin or [{"path": file.name, "bytes": file.bytes} for file in inputs]},
         parents={"tokenizer": tokenizer_manifest.fingerprint},
-        vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
         workers=workers,
         ranks=ranks,
         progress=progress,
@@ -252,8 +252,7 @@ def _prepare(job: _Job, opened: list[CheckedEngine | LibraryEngine]) -> tuple[En
             left.unlink()
     if known := _known_difference(_difference_file(job)):
         return "library", str(known)
-    tokenizer, manifest = open_tokenizer(job.tokenizer_dir, special_token_text=job.settings.special_token_text)
-    choice = choose_engine(tokenizer, Path(manifest.info["file"]))
+    choice = choose_engine(job.tokenizer, Path(job.tokenizer_file))
     if choice.alarm:
         _say_difference(job, choice.why)
     if isinstance(choice.opened, CheckedEngine):
@@ -296,7 +295,7 @@ def _say_difference(job: _Job, difference: str) -> None:
 def _disk_full(job: _Job) -> DiskFullError:
     """How much space the rest needs, by what the finished parts took."""
     done = [(part, record) for part in job.parts if (record := _record(job, part, None)) is not None]
-    itemsize = token_dtype(job.vocab_size).itemsize
+    itemsize = token_dtype(job.tokenizer.vocab_size).itemsize
     written = sum(
         split.tokens * itemsize + split.documents * 24 + split.metadata_bytes for _, record in done for split in record.splits.values()
     )
@@ -391,8 +390,8 @@ def _tokenize_mine(job: _Job, engine: EngineName, opened: list[CheckedEngine | L
         job.settings,
         job.tokenizer_dir,
         engine,
-        job.vocab_size,
-        job.end_of_document,
+        job.tokenizer.vocab_size,
+        job.tokenizer.end_of_document,
         difference=_difference_file(job),
         alone=job.alone(workers),
         told=(lambda documents: job.progress(int(finished_bytes), f"{documents:,} documents")) if workers <= 1 else None,
@@ -425,7 +424,7 @@ def _corpora(job: _Job, records: Sequence[PartRecord]) -> dict[str, JoinedCorpus
     corpora = {}
     for split in job.splits:
         total = places(records, split)[-1]
-        layout = IndexLayout(dtype=token_dtype(job.vocab_size), sequences=total.sequence, documents=total.document)
+        layout = IndexLayout(dtype=token_dtype(job.tokenizer.vocab_size), sequences=total.sequence, documents=total.document)
         corpora[split] = JoinedCorpus(directory=job.directory / split, layout=layout, tokens=total.token, job=job.folder.name[-16:])
     return corpora
 
@@ -505,7 +504,7 @@ def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCo
             settings=job.asked | {"split": split},
             inputs=job.parents,
             info={
-                "tokenizer": {"vocab_size": job.vocab_size, "end_of_document": job.end_of_document},
+                "tokenizer": {"vocab_size": job.tokenizer.vocab_size, "end_of_document": job.tokenizer.end_of_document},
                 "engine": {"name": engines[0], "why": why},
                 "dtype": str(corpus.layout.dtype),
                 "documents": corpus.layout.documents,
