@@ -11,8 +11,10 @@ faster than datatrove's tokenizer step, at no less than 85% of the floor, within
 - With N workers all processes of a contestant share the same N cores.
 - Steady time is that of the call, imports done, less that of the same call on one document a worker; process time is all of it, from
   the start of the interpreter. Contestants take turns; ratios are of the same turn, and their median and range are given.
-- The floor is what cannot be left out: decompress, parse (the text and the fields that are kept), tokenize (on an engine that has seen
-  nothing), write the tokens; each alone in a fresh process on one core, then added up.
+- All contestants make tokens only, since the peers keep nothing else of a document; what it takes to keep url, timestamp and source
+  as well, which is the default of ``mates``, is given beside it.
+- The floor is what cannot be left out: decompress, parse, tokenize (on an engine that has seen nothing), write the tokens; each alone
+  in a fresh process on one core, then added up. Floor and ours take turns of their own, ``--floor_repeats`` of them.
 - Gate before any figure: on the subset the bytes of .bin and .idx are those of the pool of the reference library, on all shards they
   are the same for every number of workers, and the floor's engine counts the same tokens; else nothing is written and the exit code is 1.
 - Memory is the largest resident set of any process over ``--memory_mb`` of text. Where the input has less, text is derived for this
@@ -255,14 +257,14 @@ def make_tokenizer(task: Json) -> Json:
 
 
 def ours(task: Json) -> Json:
-    """``mates preprocess`` with its default settings, but for one corpus instead of three."""
+    """``mates preprocess`` with its default settings, but for one corpus instead of three, and for the metadata asked for."""
     from mates.preprocess.corpus import CorpusSettings, SplitShares, make_corpora
     from mates.preprocess.inputs import find_inputs
     from mates.preprocess.readers import ReadOptions
 
     settings = CorpusSettings(
         shares=SplitShares(pool=0.0, holdout=0.0, seed=0),
-        reading=ReadOptions(metadata_fields=FIELDS),
+        reading=ReadOptions(metadata_fields=tuple(task["fields"])),
         features=(),
     )
     with Clock() as clock:
@@ -393,15 +395,13 @@ def _parsed(path: str, clocks: list[Clock]) -> Iterator[list[str]]:
         file = pq.ParquetFile(path)
         for group in range(file.num_row_groups):
             with Clock() as clock:
-                columns = file.read_row_group(group, columns=["text", *FIELDS], use_threads=False)
-                texts, *_ = (columns.column(name).to_pylist() for name in ("text", *FIELDS))
+                texts = file.read_row_group(group, columns=["text"], use_threads=False).column("text").to_pylist()
             clocks.append(clock)
             yield texts
         return
     import msgspec
 
-    fields: list[Any] = [("text", str), *((name, str | None, None) for name in FIELDS)]
-    decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields))
+    decoder = msgspec.json.Decoder(msgspec.defstruct("Line", [("text", str)]))
     for block in line_blocks(decompressed(path)):
         with Clock() as clock:
             texts = [line.text for line in decoder.decode_lines(block)]  # type: ignore[attr-defined]
@@ -564,10 +564,10 @@ class Bench:
                 path.unlink()
         os.sync()
 
-    def ours(self, files: str, workers: int, peak: Peak | None = None) -> Json:
+    def ours(self, files: str, workers: int, peak: Peak | None = None, fields: Sequence[str] = ()) -> Json:
         """Our run; its bytes must be those of the first run on these files."""
         self.clear()
-        found = run_child(self.task("ours", files, workers), cores=workers, peak=peak)
+        found = run_child(self.task("ours", files, workers) | {"fields": fields}, cores=workers, peak=peak)
         digest = digest_of(self.folder / "out" / "train" / "tokens")
         if self.digests.setdefault(files, digest) != digest:
             raise GateError(f"ours with {workers} workers on {files}: other bytes than in the first run")
@@ -621,7 +621,7 @@ def gate(bench: Bench) -> Json:
 
 
 def turns(bench: Bench, workers: int, peers: Sequence[str]) -> dict[str, list[Json]]:
-    """All contestants in turn, ``repeats`` times; with one worker the floor as well."""
+    """All contestants in turn, ``repeats`` times."""
     found: dict[str, list[Json]] = {}
 
     def note(name: str, run: Json) -> None:
@@ -631,14 +631,23 @@ def turns(bench: Bench, workers: int, peers: Sequence[str]) -> dict[str, list[Js
         print(f"{workers} workers, turn {turn + 1} of {bench.options.repeats}", file=sys.stderr)
         note("ours start", bench.ours("tiny", workers))
         note("ours", bench.ours("shards", workers))
-        if workers == 1:
-            for part in FLOOR:
-                bench.clear()
-                note(part, run_child(bench.task(part, "shards"), cores=1))
         note("ours subset", bench.ours("subset", workers))
         for peer in peers:
             note(f"{peer} start", bench.peer(peer, "tiny", workers))
             note(peer, bench.peer(peer, "subset", workers))
+    return found
+
+
+def floor_turns(bench: Bench) -> dict[str, list[Json]]:
+    """One worker of ours, without metadata and with it, and the parts of the floor in turn, ``floor_repeats`` times."""
+    found: dict[str, list[Json]] = {}
+    for turn in range(bench.options.floor_repeats):
+        print(f"floor, turn {turn + 1} of {bench.options.floor_repeats}", file=sys.stderr)
+        for name, files, fields in (("ours start", "tiny", ()), ("ours", "shards", ()), ("ours with metadata", "shards", FIELDS)):
+            found.setdefault(name, []).append(bench.ours(files, 1, fields=fields))
+        for part in FLOOR:
+            bench.clear()
+            found.setdefault(part, []).append(run_child(bench.task(part, "shards"), cores=1))
     return found
 
 
@@ -647,7 +656,7 @@ def steady(runs: dict[str, list[Json]], name: str, clock: str) -> list[float]:
 
     nan where that leaves no more than the starts differ among themselves: then there was too little text to tell.
     """
-    starts = [run[clock] for run in runs[f"{name} start"]]
+    starts = [run[clock] for run in runs[f"{name.removesuffix(' with metadata')} start"]]
     least = max(0.0, max(starts) - min(starts))
     rest = [run[clock] - statistics.median(starts) for run in runs[name]]
     return [seconds if seconds > least else math.nan for seconds in rest]
@@ -685,20 +694,19 @@ def compare(bench: Bench, runs: dict[str, list[Json]], peers: Sequence[str]) -> 
             "steady": spread([theirs / mine * shards / subset for theirs, mine in pairs]),
             "process": spread([theirs["process_s"] / mine["process_s"] for theirs, mine in same_text]),
         }
-    if "tokenize" in runs:
-        found["floor"] = floor_share(bench, runs)
     return found
 
 
 def floor_share(bench: Bench, runs: dict[str, list[Json]]) -> Json:
     """Seconds of each part for a GB of text, and which share of ours the floor makes up, turn by turn."""
     gigabytes = bench.prepared["shards"]["text_bytes"] / 1e9
-    found: Json = {}
+    found: Json = {"runs": runs}
     for clock in ("cpu_s", "wall_s"):
         parts = {part: [run[clock] / gigabytes for run in runs[part]] for part in FLOOR}
         floor = [sum(turn) for turn in zip(*parts.values(), strict=True)]
         mine = [seconds / gigabytes for seconds in steady(runs, "ours", clock)]
-        named = parts | {"floor": floor, "ours": mine}
+        more = [seconds / gigabytes for seconds in steady(runs, "ours with metadata", clock)]
+        named = parts | {"floor": floor, "ours": mine, "ours with metadata": more}
         found[f"{clock}_per_gb"] = {name: spread(values) for name, values in named.items()}
         found[clock.replace("_s", "_share")] = spread([least / own for least, own in zip(floor, mine, strict=True)])
     return found
@@ -718,7 +726,7 @@ def memory(bench: Bench) -> Json:
     found = {}
     for workers in bench.options.workers:
         peak = Peak()
-        bench.ours("memory", workers, peak)
+        bench.ours("memory", workers, peak, FIELDS)
         found[str(workers)] = sorted((round(value, 1) for value in peak.mib.values()), reverse=True)
     return {
         "text_bytes": bench.prepared["memory"]["text_bytes"],
@@ -731,7 +739,7 @@ def memory(bench: Bench) -> Json:
 # --- claims and results --------------------------------------------------------------------------------------------
 
 
-def claims(by_workers: dict[str, Json], used: Json) -> list[Json]:
+def claims(by_workers: dict[str, Json], floor: Json, used: Json) -> list[Json]:
     """Each claim with its figure and whether it holds; None where it was not measured."""
 
     def claim(text: str, values: Sequence[float | None], limit: float, *, at_most: bool = False) -> Json:
@@ -746,7 +754,6 @@ def claims(by_workers: dict[str, Json], used: Json) -> list[Json]:
     def over(peer: str) -> list[float | None]:
         return [median((found["ours_over"][peer] or {"steady": None})["steady"]) for found in by_workers.values()]
 
-    floors = [found["floor"] for found in by_workers.values() if "floor" in found]
     few, many = min(by_workers, key=int), max(by_workers, key=int)
     first, last = (median(by_workers[number]["rates"]["ours"]["steady_mb_s"]) for number in (few, many))
     more = int(many) / int(few)
@@ -755,8 +762,8 @@ def claims(by_workers: dict[str, Json], used: Json) -> list[Json]:
         claim("times the speed of the pool of Hugging Face tokenizers, the design of Megatron's default tool", over("pool"), 40),
         claim("times the speed of Megatron's own tool", over("megatron"), 40),
         claim("times the speed of datatrove's tokenizer step", over("datatrove"), 10),
-        claim("of the floor's speed, by CPU time, one worker", [median(floor["cpu_share"]) for floor in floors], 0.85),
-        claim("of the floor's speed, by wall time, one worker", [median(floor["wall_share"]) for floor in floors], 0.85),
+        claim("of the floor's speed, by CPU time, one worker", [median(floor["cpu_share"])], 0.85),
+        claim("of the floor's speed, by wall time, one worker", [median(floor["wall_share"])], 0.85),
         claim("MiB in the largest process", [used["mib"]], 400, at_most=True),
         claim(f"times the speed with {many} workers of that with {few}", [gain], NEARLY_LINEAR * more),
     ]
@@ -779,9 +786,9 @@ def report_lines(found: Json) -> Iterator[str]:
         yield f"{workers:>7}  ours by its own account, MB/s: {_shown(part['rates']['ours']['accounted_mb_s'], 1)}"
         for name in (name for name in PEERS if name not in part["rates"]):
             yield f"{workers:>7}  {name}: not measured"
-        for clock in ("cpu", "wall") if "floor" in part else ():
-            each = ", ".join(f"{name} {_shown(value, 2)}" for name, value in part["floor"][f"{clock}_s_per_gb"].items())
-            yield f"{clock} seconds a GB of text: {each}; floor over ours {_shown(part['floor'][f'{clock}_share'], 3)}"
+    for clock in ("cpu", "wall"):
+        each = ", ".join(f"{name} {_shown(value, 2)}" for name, value in found["floor"][f"{clock}_s_per_gb"].items())
+        yield f"one worker, {clock} seconds a GB of text: {each}; floor over ours {_shown(found['floor'][f'{clock}_share'], 3)}"
     more = f", {used['derived_text_bytes'] / 1e6:.0f} MB of it derived by shuffling sentences" if used["derived_text_bytes"] else ""
     yield f"MiB of each process over {used['text_bytes'] / 1e6:.0f} MB of text{more}: {used['mib_of_each_process']}"
     for claim in found["claims"]:
@@ -803,18 +810,24 @@ def measure(bench: Bench) -> Json:
     peers = available_peers(options)
     checked = gate(bench)
     by_workers = {str(number): compare(bench, turns(bench, number, peers), peers) for number in options.workers}
+    floor = floor_share(bench, floor_turns(bench))
     used = memory(bench)
     found = surroundings() | {
         "claim": CLAIM,
         "packages": {name: _version(name) for name in PACKAGES},
-        "settings": {name: value for name, value in vars(options).items() if name in ("repeats", "subset_mb", "text_mb", "memory_mb")},
+        "settings": {
+            name: value
+            for name, value in vars(options).items()
+            if name in ("repeats", "floor_repeats", "subset_mb", "text_mb", "memory_mb")
+        },
         "corpus": _contents(prepared["shards"]) | {"format": options.format, "repeated_dropped": prepared["repeated"]},
         "subset": _contents(prepared["subset"]),
         "inputs": [Path(path).name for path in options.inputs],
         "gate": checked,
         "by_workers": by_workers,
+        "floor": floor,
         "memory": used,
-        "claims": claims(by_workers, used),
+        "claims": claims(by_workers, floor, used),
     }
     return dict(without_paths(found))
 
@@ -859,6 +872,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--shards", type=int, default=8, help="number of shards")
     add("--workers", default="1,2", help="numbers of workers, parted by commas")
     add("--repeats", type=int, default=5, help="turns of all contestants")
+    add("--floor_repeats", type=int, default=9, help="turns of ours and the floor")
     add("--subset_mb", type=float, default=20, help="text for the peers")
     add("--memory_mb", type=float, default=1000, help="text for the memory figure; derived where there is less")
     add("--datatrove_python", type=Path, help="Python interpreter that has datatrove, where this one does not")
@@ -874,8 +888,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"no such file: {missing[0] if missing else 'shared web text'}; give --inputs and --tokenizer")
     if options.workers[0] < 1 or options.workers[-1] > len(os.sched_getaffinity(0)):
         parser.error(f"--workers: found {options.workers}, expected 1 to {len(os.sched_getaffinity(0))}, the cores of this process")
-    if options.repeats < 1 or options.shards < options.workers[-1]:
-        parser.error("--repeats is at least 1, and --shards at least the largest number of workers")
+    if min(options.repeats, options.floor_repeats) < 1 or options.shards < options.workers[-1]:
+        parser.error("--repeats and --floor_repeats are at least 1, and --shards at least the largest number of workers")
     return options
 
 

@@ -63,7 +63,7 @@ def _lines(directory: Path, verify: bool) -> Iterator[str]:
     yield f"{directory}: {manifest.kind} — {ABOUT.get(manifest.kind, 'of an unknown kind')}"
     yield f"  fingerprint  {manifest.fingerprint}"
     size = sum(record.bytes for record in manifest.files.values())
-    yield f"  files        {len(manifest.files)}, {size:,} bytes, {'all SHA-256 verified' if verify else 'sizes checked'}"
+    yield f"  files        {len(manifest.files)}, {size:,} bytes, {'all BLAKE3 verified' if verify else 'sizes checked'}"
     for name, value in manifest.inputs.items():
         yield f"  from         {name} {value[:16]}…"
     yield from (f"  setting      {line}" for line in _flat(manifest.settings))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -22,12 +21,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 2
-CHECKSUM = "manifest_sha256"
+FORMAT = 3
+READ_BYTES = 1 << 20
+CHECKSUM = "manifest_blake3"
 
 Json = Any  # what json.loads returns; narrowed where it is read
 
@@ -61,29 +63,29 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """Size in bytes and SHA-256 (hex) of one file of an artifact.
+    """Size in bytes and BLAKE3 digest (hex) of one file of an artifact.
 
-    A file that several processes wrote in sections is never hashed from end to end: ``sections`` holds the bytes and SHA-256 of
-    each, in order, and ``sha256`` is then the hash of their digests one after the other. So hashing and verifying run in parallel.
+    A file that several processes wrote in sections is never hashed from end to end: ``sections`` holds the bytes and BLAKE3 of
+    each, in order, and ``blake3`` is then the hash of their digests one after the other. So hashing and verifying run in parallel.
     """
 
     bytes: int
-    sha256: str
+    blake3: str
     sections: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def of_sections(cls, sections: Iterable[tuple[int, str]]) -> FileRecord:
-        """The record of a file from (bytes, SHA-256) of its sections; empty ones count for nothing."""
+        """The record of a file from (bytes, BLAKE3) of its sections; empty ones count for nothing."""
         kept = tuple((size, digest) for size, digest in sections if size)
         total = sum(size for size, _ in kept)
         if len(kept) == 1:
-            return cls(bytes=total, sha256=kept[0][1])
-        return cls(bytes=total, sha256=hashlib.sha256(b"".join(bytes.fromhex(digest) for _, digest in kept)).hexdigest(), sections=kept)
+            return cls(bytes=total, blake3=kept[0][1])
+        return cls(bytes=total, blake3=blake3(b"".join(bytes.fromhex(digest) for _, digest in kept)).hexdigest(), sections=kept)
 
     def pieces(self) -> Iterator[tuple[int, int, str]]:
-        """What the file is verified by: where each section starts, its bytes and its SHA-256."""
+        """What the file is verified by: where each section starts, its bytes and its BLAKE3."""
         start = 0
-        for size, digest in self.sections or ((self.bytes, self.sha256),):
+        for size, digest in self.sections or ((self.bytes, self.blake3),):
             yield start, size, digest
             start += size
 
@@ -91,14 +93,14 @@ class FileRecord:
     def from_json(cls, raw: Mapping[str, Json]) -> FileRecord:
         """What a manifest says of a file. TypeError, ValueError or KeyError where it says something else."""
         sections = tuple((int(size), str(digest)) for size, digest in raw.get("sections", ()))
-        record = cls(bytes=int(raw["bytes"]), sha256=str(raw["sha256"]), sections=sections)
+        record = cls(bytes=int(raw["bytes"]), blake3=str(raw["blake3"]), sections=sections)
         if sections and (len(sections) == 1 or cls.of_sections(sections) != record):
             raise ValueError("sections do not add up")
         return record
 
     def as_json(self) -> dict[str, Json]:
         """For the manifest."""
-        return {"bytes": self.bytes, "sha256": self.sha256} | ({"sections": self.sections} if self.sections else {})
+        return {"bytes": self.bytes, "blake3": self.blake3} | ({"sections": self.sections} if self.sections else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,10 +135,15 @@ def fsync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file that becomes ``path`` when the block ends without an exception, and is removed otherwise.
 
     A reader sees the old file or the whole new one. When the disk is full the error says so and ``path`` is untouched.
+
+    Args:
+        path: the file.
+        durable: wait for the disk. Without it a crash of the machine may leave a file whose contents are lost: its digest, recorded
+            elsewhere, is to be checked by a later process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -144,7 +151,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         with temporary.open("wb") as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            if durable:
+                os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -157,7 +165,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    if durable:
+        fsync_directory(path.parent)
 
 
 def write_json(path: Path, value: Json) -> None:
@@ -185,15 +194,18 @@ def read_json(path: Path) -> Json:
         raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's contents, hex."""
+def digest_of(path: Path) -> str:
+    """BLAKE3 of a file's contents, hex."""
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = blake3()
+        while data := handle.read(READ_BYTES):
+            digest.update(data)
+        return digest.hexdigest()
 
 
 def fingerprint_of(value: Json) -> str:
-    """SHA-256 (hex) of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    """BLAKE3 (hex) of a JSON value in canonical form."""
+    return blake3(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 # --- artifacts -----------------------------------------------------------------------------------------------------
@@ -237,11 +249,11 @@ def commit(
             continue
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-        records[name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
+        records[name] = FileRecord(bytes=path.stat().st_size, blake3=digest_of(path))
     identity_names = sorted(identity) if identity is not None else names
     manifest = Manifest(
         kind=kind,
-        fingerprint=fingerprint_of([kind, [(name, records[name].sha256) for name in identity_names]]),
+        fingerprint=fingerprint_of([kind, [(name, records[name].blake3) for name in identity_names]]),
         settings=normalise(dict(settings)),
         inputs=dict(inputs),
         info=normalise(dict(info)),
@@ -321,11 +333,11 @@ def verify(directory: Path, kind: str | None = None) -> Manifest:
     for name, record in manifest.files.items():
         pieces += [(directory / name, *piece) for piece in record.pieces()]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 32)) as pool:
-        digests = pool.map(lambda piece: _sha256_range(*piece[:3]), pieces)
+        digests = pool.map(lambda piece: _digest_of_range(*piece[:3]), pieces)
         for (path, start, size, expected), found in zip(pieces, digests, strict=True):
             if found != expected:
                 where = "" if size == path.stat().st_size else f" of bytes {start} to {start + size}"
-                raise ArtifactError(f"{path}: SHA-256 {found}{where}, the manifest says {expected}; the file was changed")
+                raise ArtifactError(f"{path}: BLAKE3 {found}{where}, the manifest says {expected}; the file was changed")
     return manifest
 
 
@@ -333,14 +345,14 @@ def is_as_recorded(path: Path, record: FileRecord) -> bool:
     """Whether a file is there and holds what its record says."""
     if not path.is_file() or path.stat().st_size != record.bytes:
         return False
-    return all(_sha256_range(path, start, size) == digest for start, size, digest in record.pieces())
+    return all(_digest_of_range(path, start, size) == digest for start, size, digest in record.pieces())
 
 
-def _sha256_range(path: Path, start: int, size: int) -> str:
-    digest = hashlib.sha256()
+def _digest_of_range(path: Path, start: int, size: int) -> str:
+    digest = blake3()
     with path.open("rb") as handle:
         handle.seek(start)
-        while size and (data := handle.read(min(size, 1 << 20))):
+        while size and (data := handle.read(min(size, READ_BYTES))):
             digest.update(data)
             size -= len(data)
     return digest.hexdigest()

@@ -12,7 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,9 +27,9 @@ from mates.preprocess.encode import CheckedEngine, EngineDifferenceError, Librar
 from mates.preprocess.features import NGRAM_BUCKETS
 from mates.preprocess.indexed import IndexLayout, token_dtype
 from mates.preprocess.inputs import InputError, InputFile
-from mates.preprocess.join import TOKENS_NAME, JoinedCorpus, Joiner, Placement, metadata_name, places
+from mates.preprocess.join import TOKENS_NAME, JoinedCorpus, Placement, metadata_name, place_part, places
 from mates.preprocess.ledger import REJECTS_NAME, make_ledgers, refuse_empty, write_rejects
-from mates.preprocess.parts import SPLITS, Part, PartFiles, PartRecord, PartSettings, PartWriter, SplitShares, read_record
+from mates.preprocess.parts import SPLITS, Part, PartFiles, PartRecord, PartSettings, PartWriter, SplitShares, is_whole, read_record
 from mates.preprocess.ranks import Alone, Ranks, on_all, on_first
 from mates.preprocess.readers import PartReader, ReadOptions, parts_of, read_texts
 from mates.preprocess.tokenizer import SpecialTokenText, Tokenizer, open_tokenizer
@@ -37,8 +38,7 @@ from mates.preprocess.workers import WORKERS_LOCK, Stop, for_each, hold_worker_l
 __all__ = ["SPLITS", "TOKENS_NAME", "CorpusError", "CorpusSettings", "SplitShares", "make_corpora", "texts_of"]
 
 PART_BYTES = 256 << 20
-JOIN_ALONE_BYTES = 1 << 30
-FORMAT = 2  # of the folder of unfinished work
+FORMAT = 3  # of the folder of unfinished work
 FIRST_DOCUMENTS = 64  # compared with the reference library before anything is written
 NGRAMS_NAME = "ngram_counts.npy"
 
@@ -93,6 +93,11 @@ class _Job:
         return self.directory / f"unfinished-{artifact.fingerprint_of(artifact.normalise(plan))[:16]}"
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a token."""
+        return token_dtype(self.tokenizer.vocab_size).itemsize
+
+    @property
     def splits(self) -> tuple[str, ...]:
         return self.settings.shares.splits
 
@@ -135,7 +140,7 @@ def make_corpora(
         workers: processes of each rank. part_bytes: size of the parts that large uncompressed and Parquet files are cut in.
         ranks: the MPI ranks that work together, from :func:`.ranks.find_ranks`.
         origin: fingerprint of what wrote the inputs, where that is known (the sample corpus); files are otherwise recognised by
-            path and size, and their SHA-256 is recorded.
+            path and size, and their BLAKE3 digest is recorded.
         progress: told the bytes of finished inputs and a line of text. say: told what a user must see.
 
     Returns:
@@ -295,13 +300,12 @@ def _say_difference(job: _Job, difference: str) -> None:
 def _disk_full(job: _Job) -> DiskFullError:
     """How much space the rest needs, by what the finished parts took."""
     done = [(part, record) for part in job.parts if (record := _record(job, part, None)) is not None]
-    itemsize = token_dtype(job.tokenizer.vocab_size).itemsize
     written = sum(
-        split.tokens * itemsize + split.documents * 24 + split.metadata_bytes for _, record in done for split in record.splits.values()
+        split.tokens * job.itemsize + split.documents * 24 + split.metadata_bytes for _, record in done for split in record.splits.values()
     )
     read = sum(part.file.bytes / part.of for part, _ in done)
     # before anything is done: about 4.4 bytes of text a token, and compressed text unfolds to some 2.7 times its size
-    ratio = written / read if read else itemsize * (1.2 if job.inputs[0].name.endswith((".gz", ".zst")) else 0.5) / 2
+    ratio = written / read if read else job.itemsize * (1.2 if job.inputs[0].name.endswith((".gz", ".zst")) else 0.5) / 2
     left = sum(part.file.bytes / part.of for part in job.parts) - read
     free = shutil.disk_usage(job.directory).free
     needed = max(int(ratio * left), sum(split.documents * 20 for _, record in done for split in record.splits.values()), 1 << 20)
@@ -313,6 +317,14 @@ def _disk_full(job: _Job) -> DiskFullError:
 
 def _record(job: _Job, part: Part, engine: str | None) -> PartRecord | None:
     return read_record(PartFiles(job.folder, part.number), part, engine)
+
+
+def _whole_record(job: _Job, engine: str, part: Part) -> PartRecord | None:
+    """The record of a part that is done and whose files are whole."""
+    record = _record(job, part, engine)
+    if record is None or record.joined or is_whole(PartFiles(job.folder, part.number), record, job.itemsize):
+        return record
+    return None
 
 
 # --- tokenizing ----------------------------------------------------------------------------------------------------
@@ -369,8 +381,10 @@ def _tokenize_mine(job: _Job, engine: EngineName, opened: list[CheckedEngine | L
     records: list[PartRecord] = []
     todo: list[Part] = []
     finished_bytes = 0.0
-    for part in job.mine():
-        record = _record(job, part, engine)
+    mine = job.mine()
+    with ThreadPoolExecutor(job.workers) as threads:
+        found = list(threads.map(partial(_whole_record, job, engine), mine))
+    for part, record in zip(mine, found, strict=True):
         if record is None:
             todo.append(part)
         else:
@@ -447,16 +461,6 @@ def _prepare_join(job: _Job, records: Sequence[PartRecord], corpora: Mapping[str
     return False
 
 
-@dataclass(frozen=True)
-class _MakeJoiner:
-    folder: Path
-    corpora: Mapping[str, JoinedCorpus]
-    alone: bool
-
-    def __call__(self, stop: Stop) -> Callable[[Placement], PartRecord]:
-        return Joiner(self.folder, self.corpora, None if self.alone else hold_worker_lock(self.folder.parent))
-
-
 def _join(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorpus]) -> None:
     at = {split: places(records, split) for split in corpora}
     mine = {part.number for part in job.mine()}
@@ -465,11 +469,16 @@ def _join(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorp
         for number, record in enumerate(records)
         if record.number in mine and not record.joined
     ]
-    size = sum(corpus.bin_bytes for corpus in corpora.values())
-    workers = job.workers if size > JOIN_ALONE_BYTES else 1  # copying little takes less than starting processes
-    on_all(
-        job.ranks, partial(for_each, todo, _MakeJoiner(job.folder, corpora, job.alone(workers)), workers=workers, done=lambda record: None)
-    )
+
+    def join_mine() -> None:
+        with ExitStack() as stack:
+            if job.ranks.size > 1:
+                stack.enter_context(hold_worker_lock(job.directory))
+            threads = stack.enter_context(ThreadPoolExecutor(job.workers))  # copying and syncing leave the interpreter alone
+            for _ in threads.map(partial(place_part, job.folder, corpora), todo):
+                pass
+
+    on_all(job.ranks, join_mine)
 
 
 def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorpus], seconds: float, why: str) -> None:
@@ -487,7 +496,7 @@ def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCo
         metadata = {
             metadata_name(number, len(records)): (
                 PartFiles(job.folder, record.number).metadata(split),
-                FileRecord(bytes=record.splits[split].metadata_bytes, sha256=record.splits[split].metadata_sha256),
+                FileRecord(bytes=record.splits[split].metadata_bytes, blake3=record.splits[split].metadata_digest),
             )
             for number, record in enumerate(records)
             if record.splits[split].documents
@@ -524,7 +533,7 @@ def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCo
 def _file_records(records: Sequence[PartRecord], split: str, corpus: JoinedCorpus) -> dict[str, FileRecord]:
     """Records of the token file, from the hashes of its parts, and of the index, which is complete with this."""
     parts, itemsize = [record.splits[split] for record in records], corpus.layout.dtype.itemsize
-    sections = FileRecord.of_sections((part.tokens * itemsize, part.sha256) for part in parts)
+    sections = FileRecord.of_sections((part.tokens * itemsize, part.digest) for part in parts)
     return {corpus.bin.name: sections, corpus.idx.name: corpus.seal()}
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class JoinedCorpus:
             handle.write(self.layout.header())
             handle.flush()
             os.fsync(handle.fileno())
-        return FileRecord(bytes=path.stat().st_size, sha256=artifact.sha256_file(path))
+        return FileRecord(bytes=path.stat().st_size, blake3=artifact.digest_of(path))
 
     def holds(self, sealed: Mapping[str, FileRecord] | None) -> bool:
         """Whether the files that an earlier attempt placed parts in are still there.
@@ -144,41 +144,33 @@ class Placement:
     at: Mapping[str, Place]
 
 
-class Joiner:
-    """Places parts; one object a process."""
+def place_part(folder: Path, corpora: Mapping[str, JoinedCorpus], placement: Placement) -> None:
+    """Copy a part into the corpora, make that durable, note it, and remove the part's own files."""
+    record = placement.record
+    files = PartFiles(folder, record.number)
+    for split, corpus in corpora.items():
+        if record.splits[split].documents:
+            _place(files, split, corpus, placement)
+    write_record(files, replace(record, joined=True))
+    remove_part(files, record)
 
-    def __init__(self, folder: Path, corpora: Mapping[str, JoinedCorpus], lock: IO[bytes] | None = None) -> None:
-        self._folder, self._corpora = folder, corpora
-        self._lock = lock  # held while this object lives
 
-    def __call__(self, placement: Placement) -> PartRecord:
-        """Copy a part into the corpora, make that durable, note it, and remove the part's own files."""
-        record = placement.record
-        files = PartFiles(self._folder, record.number)
-        for split, corpus in self._corpora.items():
-            if record.splits[split].documents:
-                self._place(files, split, corpus, placement)
-        joined = replace(record, joined=True)
-        write_record(files, joined)
-        remove_part(files, record)
-        return joined
-
-    def _place(self, files: PartFiles, split: str, corpus: JoinedCorpus, placement: Placement) -> None:
-        at, part = placement.at[split], placement.record.splits[split]
-        itemsize = corpus.layout.dtype.itemsize
-        lengths = np.fromfile(files.lengths(split), np.int32)
-        if len(lengths) != part.documents or files.tokens(split).stat().st_size != part.tokens * itemsize:
-            raise ArtifactError(f"{files.tokens(split)}: not what {files.record} says; remove {files.record} and run the step again")
-        with corpus.unfinished(corpus.bin).open("r+b") as target, files.tokens(split).open("rb") as source:
-            copy_into(source, target, at.token * itemsize, part.tokens * itemsize)
-            os.fsync(target.fileno())
-        with corpus.unfinished(corpus.idx).open("r+b") as target:
-            pieces = corpus.layout.pieces(lengths, first_document=at.document, first_sequence=at.sequence, first_token=at.token)
-            for offset, data in pieces:
-                target.seek(offset)
-                target.write(data)
-            target.flush()
-            os.fsync(target.fileno())
+def _place(files: PartFiles, split: str, corpus: JoinedCorpus, placement: Placement) -> None:
+    at, part = placement.at[split], placement.record.splits[split]
+    itemsize = corpus.layout.dtype.itemsize
+    lengths = np.fromfile(files.lengths(split), np.int32)
+    if len(lengths) != part.documents or files.tokens(split).stat().st_size != part.tokens * itemsize:
+        raise ArtifactError(f"{files.tokens(split)}: not what {files.record} says; remove {files.record} and run the step again")
+    with corpus.unfinished(corpus.bin).open("r+b") as target, files.tokens(split).open("rb") as source:
+        copy_into(source, target, at.token * itemsize, part.tokens * itemsize)
+        os.fsync(target.fileno())
+    with corpus.unfinished(corpus.idx).open("r+b") as target:
+        pieces = corpus.layout.pieces(lengths, first_document=at.document, first_sequence=at.sequence, first_token=at.token)
+        for offset, data in pieces:
+            target.seek(offset)
+            target.write(data)
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def remove_part(files: PartFiles, record: PartRecord) -> None:

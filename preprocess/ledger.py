@@ -37,11 +37,11 @@ def _ledger(file: InputFile, records: Sequence[PartRecord]) -> dict[str, Any]:
     dropped: Counter[str] = sum((Counter(record.dropped) for record in records), Counter())
     documents = sum(record.documents for record in records)
     assert documents == sum(written.values()) + dropped.total(), "the ledger must balance"
-    hashes = [record.input_sha256 for record in records]
+    hashes = [record.input_digest for record in records]
     return {
         "path": file.name,
         "bytes": file.bytes,
-        "sha256": hashes[0] if len(hashes) == 1 else hashes,
+        "blake3": hashes[0] if len(hashes) == 1 else hashes,
         "documents": documents,
         "written": written,
         "dropped": dict(dropped),

@@ -7,7 +7,6 @@ holds depends on the input and the settings alone, never on which process wrote 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from blake3 import blake3
 
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError
+from mates.preprocess.artifact import ArtifactError, FileRecord
 from mates.preprocess.encode import CheckedEngine, Engine
 from mates.preprocess.features import NGRAM_BUCKETS, TOKENS_COLUMN, Feature, feature_columns, feature_schema
 from mates.preprocess.indexed import token_dtype
@@ -54,20 +54,22 @@ class SplitShares:
         """The corpora that get documents at all."""
         return tuple(split for split, share in zip(SPLITS, (1.0, self.pool, self.holdout), strict=True) if share > 0)
 
-    def hashes_of(self, texts: Sequence[str]) -> list[int]:
-        """XXH3-64 of the first 256 characters of each text, keyed by the seed and the text's length. It says where a document goes,
-        so equal texts go to the same corpus; hashing them from end to end would cost as much as reading them."""
-        digest, seed = xxhash.xxh3_64_intdigest, self.seed
-        return [digest(text[:HASHED_CHARACTERS].encode(), (seed + LENGTH_KEY * len(text)) % 2**64) for text in texts]
+    def splits_of(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """The number in ``SPLITS`` of the corpus of each text.
 
-    def splits_of(self, hashes: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Numbers in ``SPLITS`` of documents with these hashes."""
+        It hangs on a hash, XXH3-64 of the first 256 characters keyed by the seed and the text's length, so equal texts go to the same
+        corpus; hashing them from end to end would cost as much as reading them.
+        """
+        if len(self.splits) == 1:
+            return np.zeros(len(texts), np.int64)
+        digest, seed = xxhash.xxh3_64_intdigest, self.seed
+        hashes = [digest(text[:HASHED_CHARACTERS].encode(), (seed + LENGTH_KEY * len(text)) % 2**64) for text in texts]
         position = np.array(hashes, np.uint64).astype(np.float64) / HASH_SPACE
         return np.where(position < self.pool, 1, np.where(position < self.pool + self.holdout, 2, 0))
 
     def split_of(self, text: str) -> str:
         """The corpus of one document."""
-        return SPLITS[int(self.splits_of(self.hashes_of([text]))[0])]
+        return SPLITS[int(self.splits_of([text])[0])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,14 +84,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitRecord:
-    """What a part gave to one corpus; ``sha256`` is of its tokens' bytes, ``metadata`` of its Parquet file."""
+    """What a part gave to one corpus; ``digest`` is of its tokens' bytes, ``metadata`` of its Parquet file."""
 
     documents: int
     sequences: int
     tokens: int
-    sha256: str
+    digest: str
     metadata_bytes: int
-    metadata_sha256: str
+    metadata_digest: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +106,7 @@ class PartRecord:
     dropped: Mapping[str, int]
     rejects: Sequence[Mapping[str, Any]]
     damage: str | None
-    input_sha256: str | None
+    input_digest: str | None
     splits: Mapping[str, SplitRecord]
     seconds: float
     joined: bool = False
@@ -167,23 +169,46 @@ def read_record(files: PartFiles, part: Part, engine: str | None) -> PartRecord 
     return record
 
 
+def is_whole(files: PartFiles, record: PartRecord, itemsize: int) -> bool:
+    """Whether the files that a part's record speaks of hold what was written, which a crash of the machine may have undone.
+
+    Args:
+        files: where they are. record: of a part that is not joined.
+        itemsize: bytes of a token.
+    """
+    for split, part in record.splits.items():
+        metadata = FileRecord(bytes=part.metadata_bytes, blake3=part.metadata_digest)
+        tokens = FileRecord(bytes=part.tokens * itemsize, blake3=part.digest)
+        if not (artifact.is_as_recorded(files.metadata(split), metadata) and artifact.is_as_recorded(files.tokens(split), tokens)):
+            return False
+        if not files.lengths(split).is_file():
+            return False
+        lengths = np.fromfile(files.lengths(split), np.int32)
+        if len(lengths) != part.documents or int(lengths.sum()) != part.tokens:
+            return False
+    return True
+
+
 class _SplitWriter:
     """A part's files of one split."""
 
     def __init__(self, files: PartFiles, split: str, dtype: np.dtype[Any], schema: pa.Schema, stack: ExitStack) -> None:
-        self._tokens = stack.enter_context(artifact.atomic_file(files.tokens(split)))
-        self._lengths = stack.enter_context(artifact.atomic_file(files.lengths(split)))
+        # most often these are joined and removed before the disk would have them; is_whole finds what a crash took
+        self._tokens = stack.enter_context(artifact.atomic_file(files.tokens(split), durable=False))
+        self._lengths = stack.enter_context(artifact.atomic_file(files.lengths(split), durable=False))
         self._metadata_path = files.metadata(split)
         self._metadata_handle = stack.enter_context(artifact.atomic_file(self._metadata_path))
-        self._metadata = stack.enter_context(pq.ParquetWriter(self._metadata_handle, schema))
+        # addresses and dates seldom come twice: a dictionary of them would only take time
+        writer = pq.ParquetWriter(self._metadata_handle, schema, compression="zstd", use_dictionary=False, write_statistics=False)
+        self._metadata = stack.enter_context(writer)
         self._schema, self._held, self._held_bytes = schema, 0, 0
         self._batches: list[pa.RecordBatch] = []
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._dtype = dtype
         self.documents = self.sequences = self.tokens = 0
 
     def write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], columns: list[pa.Array]) -> None:
-        self._digest.update(ids.data)
+        self._digest.update(ids.view(np.uint8).data)
         self._tokens.write(ids.data)
         self._lengths.write(lengths.data)
         batch = pa.record_batch(columns, schema=self._schema)
@@ -209,9 +234,9 @@ class _SplitWriter:
             documents=self.documents,
             sequences=self.sequences,
             tokens=self.tokens,
-            sha256=self._digest.hexdigest(),
+            digest=self._digest.hexdigest(),
             metadata_bytes=self._metadata_path.stat().st_size,
-            metadata_sha256=artifact.sha256_file(self._metadata_path),
+            metadata_digest=artifact.digest_of(self._metadata_path),
         )
 
 
@@ -248,6 +273,7 @@ class PartWriter:
     def __init__(self, folder: Path, settings: PartSettings, engine: Engine, *, vocab_size: int, end_of_document: int, stop: Stop) -> None:
         self._folder, self._settings, self._engine, self._stop = folder, settings, engine, stop
         self._end_of_document = end_of_document
+        self._encoded = 0  # documents of the part
         self._dtype = token_dtype(vocab_size)
         metadata = [pa.field(name, pa.string()) for name in settings.reading.metadata_fields]
         self._schema = pa.schema([*metadata, pa.field(TOKENS_COLUMN, pa.int32()), *feature_schema(settings.features)])
@@ -260,6 +286,7 @@ class PartWriter:
             artifact.DiskFullError: no space. StoppedError: asked to stop.
         """
         start = time.perf_counter()
+        self._encoded = 0
         files = PartFiles(self._folder, part.number)
         reader = PartReader(part.file, self._settings.reading, part.index, part.of)
         documents, dropped, rejects = 0, Counter[str](), []
@@ -288,7 +315,7 @@ class PartWriter:
             dropped=dict(dropped),
             rejects=rejects,
             damage=reader.damage,
-            input_sha256=reader.sha256,
+            input_digest=reader.digest,
             splits={split: writer.record() for split, writer in writers.items()},
             seconds=time.perf_counter() - start,
         )
@@ -296,15 +323,14 @@ class PartWriter:
         return record
 
     def _write_block(self, block: Block, writers: dict[str, _SplitWriter], ngrams: dict[str, npt.NDArray[np.int64]]) -> None:
-        hashes = self._settings.shares.hashes_of(block.texts)
-        split_of = self._settings.shares.splits_of(hashes)
+        split_of = self._settings.shares.splits_of(block.texts)
         for number, split in enumerate(SPLITS):
             chosen = np.flatnonzero(split_of == number).tolist()
             if not chosen:
                 continue
-            whole = len(chosen) == len(hashes)
+            whole = len(chosen) == len(block.texts)
             texts = block.texts if whole else [block.texts[row] for row in chosen]
-            ids, offsets = self._encode(texts, hashes if whole else [hashes[row] for row in chosen])
+            ids, offsets = self._encode(texts)
             columns = [pa.array(column if whole else [column[row] for row in chosen], pa.string()) for column in block.metadata]
             columns.append(pa.array(np.diff(offsets).astype(np.int32)))
             if self._settings.features:
@@ -315,7 +341,6 @@ class PartWriter:
             stored, lengths = with_ends(ids, offsets, self._end_of_document, self._dtype)
             writers[split].write(stored, lengths, columns)
 
-    def _encode(self, texts: list[str], hashes: list[int]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        if isinstance(self._engine, CheckedEngine):
-            return self._engine.encode(texts, hashes)
-        return self._engine.encode(texts)
+    def _encode(self, texts: list[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        first, self._encoded = self._encoded, self._encoded + len(texts)
+        return self._engine.encode(texts, first) if isinstance(self._engine, CheckedEngine) else self._engine.encode(texts)

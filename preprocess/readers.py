@@ -56,7 +56,7 @@ class PartReader:
     row groups. Compressed streams have one part.
 
     Attributes:
-        sha256: after the iteration, of the raw bytes covered; None for Parquet, or where reading stopped before the part's end.
+        digest: BLAKE3, after the iteration, of the raw bytes covered; None for Parquet, or where reading stopped before the part's end.
         lines: lines or rows passed, blank ones too.
         damage: under "skip", what stopped the file before its end.
     """
@@ -68,7 +68,7 @@ class PartReader:
         self._reset()
 
     def _reset(self) -> None:
-        self.sha256: str | None = None
+        self.digest: str | None = None
         self.lines = 0
         self.damage: str | None = None
         self._documents = 0
@@ -136,7 +136,7 @@ class PartReader:
             self.lines += lines
             rows = metadata = []  # a block's worth of memory, not to be held while the next one is parsed
             yield block
-        self.sha256 = stream.sha256
+        self.digest = stream.digest
 
     # --- Parquet
 

@@ -73,8 +73,13 @@ class Bad:
 
 def as_texts(values: list[Any]) -> list[str | None]:
     """Metadata values as text."""
-    if set(map(type, values)) <= {str, type(None)} and all(map(str.isascii, filter(None, values))):
-        return values
+    if set(map(type, values)) <= {str, type(None)}:
+        try:
+            "".join(filter(None, values)).encode()
+        except UnicodeEncodeError:  # lone surrogates
+            pass
+        else:
+            return values
     return [value if value is None or (type(value) is str and value.isascii()) else _as_text(value) for value in values]
 
 

@@ -5,11 +5,11 @@ A stream that is cut or broken, or looks like a decompression bomb, raises Damag
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator
 from typing import IO, Any, Protocol, cast
 
 import zstandard
+from blake3 import blake3
 from isal import igzip_lib
 
 from mates.preprocess.inputs import RAW_BYTES, DamageError, RawFile
@@ -22,10 +22,10 @@ _ISAL_ERROR = cast(type[Exception], igzip_lib.IsalError)  # its type stub says t
 
 
 class Stream(Protocol):
-    """Decompressed bytes in order, and the SHA-256 of the raw ones passed so far."""
+    """Decompressed bytes in order, and the BLAKE3 digest of the raw ones passed so far."""
 
     @property
-    def sha256(self) -> str:
+    def digest(self) -> str:
         """In hexadecimal."""
 
     def readinto(self, view: memoryview) -> int:
@@ -36,16 +36,16 @@ class PlainPart:
     """The lines of an uncompressed file whose first byte lies in part ``part`` of ``parts`` equal byte ranges."""
 
     def __init__(self, raw: RawFile, part: int, parts: int) -> None:
-        self._raw, self._sha256 = raw, hashlib.sha256()
+        self._raw, self._digest = raw, blake3()
         self._is_last = part == parts - 1
         self._stop = raw.file.bytes * (part + 1) // parts
         self.start = self._at = _next_line(raw, raw.file.bytes * part // parts, self._stop)  # where the first line begins
         self._done = self._at >= self._stop and not self._is_last
 
     @property
-    def sha256(self) -> str:
+    def digest(self) -> str:
         """See :class:`Stream`."""
-        return self._sha256.hexdigest()
+        return self._digest.hexdigest()
 
     def readinto(self, view: memoryview) -> int:
         """See :class:`Stream`."""
@@ -60,7 +60,7 @@ class PlainPart:
             if newline >= 0:
                 count, self._done = ahead + newline + 1, True
         self._at += count
-        self._sha256.update(view[:count])
+        self._digest.update(view[:count])
         return count
 
 
@@ -84,9 +84,9 @@ class _Compressed:
         self._raw, self._max_expansion, self._out = _HashedFile(raw), max_expansion, 0
 
     @property
-    def sha256(self) -> str:
+    def digest(self) -> str:
         """See :class:`Stream`."""
-        return self._raw.sha256.hexdigest()
+        return self._raw.digest.hexdigest()
 
     def readinto(self, view: memoryview) -> int:
         """See :class:`Stream`."""
@@ -107,11 +107,11 @@ class _Compressed:
 
 class _HashedFile:
     def __init__(self, raw: RawFile) -> None:
-        self._raw, self.sha256, self.count = raw, hashlib.sha256(), 0
+        self._raw, self.digest, self.count = raw, blake3(), 0
 
     def read(self, size: int) -> bytes:
         piece = self._raw.read(size)
-        self.sha256.update(piece)
+        self.digest.update(piece)
         self.count += len(piece)
         if not piece:
             self._raw.check_end(self.count)

@@ -333,8 +333,8 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def _checksums(source: _Source) -> dict[str, str]:
-    found = {"file": artifact.sha256_file(source.file)}
-    return found | {source.beside.name: artifact.sha256_file(source.beside)} if source.beside else found
+    found = {"file": artifact.digest_of(source.file)}
+    return found | {source.beside.name: artifact.digest_of(source.beside)} if source.beside else found
 
 
 def _take(path: str, end_of_document: str | None, special_token_text: SpecialTokenText, directory: Path) -> str:

@@ -167,7 +167,7 @@ def make_reference(
     for source in sources:
         if not source.is_file():
             raise InputError(f"reference.source: {source}: no such file")
-    hashes = artifact.fingerprint_of([artifact.sha256_file(source) for source in sources])
+    hashes = artifact.fingerprint_of([artifact.digest_of(source) for source in sources])
     inputs = {"tokenizer": tokenizer_manifest.fingerprint, "source": hashes}
     settings = {
         "name": name,

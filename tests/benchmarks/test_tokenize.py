@@ -29,7 +29,21 @@ def options(tmp_path: Path, texts: list[str], bpe_dir: Path, monkeypatch: pytest
     ]
     write_documents(tmp_path / "text.jsonl.zst", documents)
     chosen = ["--inputs", str(tmp_path / "text.jsonl.zst"), "--tokenizer", str(bpe_dir), "--out", str(tmp_path / "out" / "tokenize.json")]
-    return [*chosen, "--shards", "2", "--repeats", "1", "--subset_mb", "0.05", "--memory_mb", "0.5", "--work", str(tmp_path / "work")]
+    return [
+        *chosen,
+        "--shards",
+        "2",
+        "--repeats",
+        "1",
+        "--floor_repeats",
+        "1",
+        "--subset_mb",
+        "0.05",
+        "--memory_mb",
+        "0.5",
+        "--work",
+        str(tmp_path / "work"),
+    ]
 
 
 def result_of(options: list[str]) -> Path:
@@ -49,7 +63,8 @@ def test_every_figure_is_there(options: list[str], texts: list[str], capsys: pyt
     assert part["ours_over"]["pool"]["process"]["median"] > 0
     assert set(part["ours_over"]) == set(PEERS)
     assert part["ours_over"]["megatron"] is None
-    assert set(part["floor"]["cpu_s_per_gb"]) == {*FLOOR, "floor", "ours"}
+    assert set(found["floor"]["cpu_s_per_gb"]) == {*FLOOR, "floor", "ours", "ours with metadata"}
+    assert [len(found["floor"]["runs"][name]) for name in (*FLOOR, "ours", "ours with metadata")] == [1] * 6
     assert found["memory"]["text_bytes"] == found["corpus"]["text_bytes"] + found["memory"]["derived_text_bytes"] >= 0.5e6
     assert found["memory"]["mib"] > 10
     assert len(found["gate"]["digests"]["shards"]) == 64
@@ -123,23 +138,27 @@ def test_a_run_that_the_starts_drown_out_gives_no_rate() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "range": [1.0, 3.0], "n": 3}
 
 
-def by_workers(pool: float, cpu: float, rate: float) -> dict[str, Any]:
+def by_workers(pool: float, rate: float) -> dict[str, Any]:
     def over(value: float) -> dict[str, Any]:
         return {"pool": {"steady": {"median": value}}, "datatrove": None, "megatron": None}
 
     def rates(value: float) -> dict[str, Any]:
         return {"ours": {"steady_mb_s": {"median": value}}}
 
-    floor = {"cpu_share": {"median": cpu}, "wall_share": {"median": 0.9}}
-    return {"1": {"ours_over": over(50.0), "rates": rates(100.0), "floor": floor}, "2": {"ours_over": over(pool), "rates": rates(rate)}}
+    return {"1": {"ours_over": over(50.0), "rates": rates(100.0)}, "2": {"ours_over": over(pool), "rates": rates(rate)}}
 
 
 def test_claims_hold_by_their_worst_figure() -> None:
-    assert [claim["holds"] for claim in claims(by_workers(41, 0.86, 190), {"mib": 390})] == [True, None, None, True, True, True, True]
-    assert [claim["holds"] for claim in claims(by_workers(39, 0.84, 170), {"mib": 410})] == [False, None, None, False, True, False, False]
+    def holds(pool: float, cpu: float, rate: float, mib: float) -> list[bool | None]:
+        floor = {"cpu_share": {"median": cpu}, "wall_share": {"median": 0.9}}
+        return [claim["holds"] for claim in claims(by_workers(pool, rate), floor, {"mib": mib})]
+
+    assert holds(41, 0.86, 190, 390) == [True, None, None, True, True, True, True]
+    assert holds(39, 0.84, 170, 410) == [False, None, None, False, True, False, False]
 
 
 def test_a_claim_without_a_figure_is_not_measured() -> None:
-    unknown = by_workers(41, 0.86, 190)
-    unknown["1"]["floor"]["cpu_share"] = unknown["2"]["rates"]["ours"]["steady_mb_s"] = None
-    assert [claim["holds"] for claim in claims(unknown, {"mib": 390})] == [True, None, None, None, True, True, None]
+    unknown = by_workers(41, 190)
+    unknown["2"]["rates"]["ours"]["steady_mb_s"] = None
+    floor = {"cpu_share": None, "wall_share": {"median": 0.9}}
+    assert [claim["holds"] for claim in claims(unknown, floor, {"mib": 390})] == [True, None, None, None, True, True, None]

@@ -191,7 +191,7 @@ def test_damage_is_found_by_inspect(tmp_path: Path, corpus_arguments: list[str],
     data[100] ^= 1
     tokens.write_bytes(data)
     assert main(["inspect", str(tokens.parent)]) == 1
-    assert f"{tokens}: SHA-256" in capsys.readouterr().out
+    assert f"{tokens}: BLAKE3" in capsys.readouterr().out
     tokens.write_bytes(data[:-2])
     message = refused(["select", *corpus_arguments], capsys)
     assert f"{tokens}: {len(data) - 2} bytes, the manifest says {len(data)}" in message

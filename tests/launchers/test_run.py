@@ -105,7 +105,7 @@ def test_the_export_stands_alone(finished: Path) -> None:
 
 def test_inspect_verifies_the_run(finished: Path) -> None:
     shown = mates("inspect", str(finished)).stdout
-    assert shown.count("SHA-256 verified") == len(fingerprints(finished))
+    assert shown.count("BLAKE3 verified") == len(fingerprints(finished))
 
 
 def test_selected_samples_are_candidates_of_their_stage(finished: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -163,8 +163,8 @@ def test_json_is_written_the_same_whatever_the_order(tmp_path: Path) -> None:
 def test_load_gives_back_what_was_committed(tmp_path: Path) -> None:
     made = make(tmp_path, info={"tokens": 12, "shape": (2, 3)})
     assert artifact.load(tmp_path, "corpus") == artifact.load(tmp_path) == artifact.verify(tmp_path, "corpus") == made
-    assert {name: (record.bytes, record.sha256) for name, record in made.files.items()} == {
-        name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in FILES.items()
+    assert {name: (record.bytes, record.blake3) for name, record in made.files.items()} == {
+        name: (len(data), blake3(data).hexdigest()) for name, data in FILES.items()
     }
     assert made.settings == SETTINGS
     assert made.inputs == INPUTS
@@ -218,7 +218,7 @@ def test_every_flipped_byte_is_found_by_verify(tmp_path: Path, name: str) -> Non
         changed[at] ^= 1 << at % 8
         (tmp_path / name).write_bytes(changed)
         artifact.load(tmp_path)
-        with pytest.raises(ArtifactError, match=re.escape(f"{tmp_path / name}: SHA-256 {hashlib.sha256(changed).hexdigest()}")):
+        with pytest.raises(ArtifactError, match=re.escape(f"{tmp_path / name}: BLAKE3 {blake3(changed).hexdigest()}")):
             artifact.verify(tmp_path)
 
 
@@ -266,7 +266,7 @@ def test_a_flipped_bit_in_any_byte_of_the_manifest_is_found(tmp_path: Path) -> N
 def test_sections_are_hashed_apart_and_each_is_verified(tmp_path: Path) -> None:
     pieces = [b"first", b"", b"the second", b"3"]
     (tmp_path / "data").write_bytes(b"".join(pieces))
-    record = artifact.FileRecord.of_sections((len(piece), hashlib.sha256(piece).hexdigest()) for piece in pieces)
+    record = artifact.FileRecord.of_sections((len(piece), blake3(piece).hexdigest()) for piece in pieces)
     assert record.bytes == 16
     assert [size for size, _ in record.sections] == [5, 10, 1]
     made = artifact.commit(tmp_path, kind="test", settings={}, inputs={}, info={}, cost=Cost(), hashed={"data": record})
@@ -276,21 +276,21 @@ def test_sections_are_hashed_apart_and_each_is_verified(tmp_path: Path) -> None:
         changed = bytearray(b"".join(pieces))
         changed[at] ^= 1
         (tmp_path / "data").write_bytes(changed)
-        with pytest.raises(ArtifactError, match=r"SHA-256 .* of bytes"):
+        with pytest.raises(ArtifactError, match=r"BLAKE3 .* of bytes"):
             artifact.verify(tmp_path)
 
 
 def test_a_file_of_one_section_is_recorded_by_its_own_hash() -> None:
-    digest = hashlib.sha256(b"all").hexdigest()
-    empty = hashlib.sha256(b"").hexdigest()
-    assert artifact.FileRecord.of_sections([(0, empty), (3, digest)]) == artifact.FileRecord(bytes=3, sha256=digest)
+    digest = blake3(b"all").hexdigest()
+    empty = blake3(b"").hexdigest()
+    assert artifact.FileRecord.of_sections([(0, empty), (3, digest)]) == artifact.FileRecord(bytes=3, blake3=digest)
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     make(tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
-    with pytest.raises(ArtifactError, match="format 3, this version reads 2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(ArtifactError, match="format 2, this version reads 3"):
         artifact.load(tmp_path)
 
 
@@ -326,7 +326,7 @@ def test_identity_chooses_what_the_fingerprint_is_of(tmp_path: Path) -> None:
     assert fingerprint(2) != fingerprint(3, a=b"First file")
     make(tmp_path / "4", identity=["a.bin"])
     (tmp_path / "4" / "deep" / "b.bin").write_bytes(bytes(40))
-    with pytest.raises(ArtifactError, match=r"b\.bin: SHA-256"):  # still verified
+    with pytest.raises(ArtifactError, match=r"b\.bin: BLAKE3"):  # still verified
         artifact.verify(tmp_path / "4")
 
 

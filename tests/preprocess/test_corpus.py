@@ -205,8 +205,8 @@ def test_every_document_is_accounted_for(corpora: tuple[Path, dict[str, Manifest
         assert ledger["written"] == own
         assert ledger["dropped"] == dropped
         assert ledger["documents"] == good + sum(dropped.values())
-        sha256 = None if path.suffix == ".parquet" else artifact.sha256_file(path)  # of Parquet only some columns are read
-        assert (ledger["bytes"], ledger["sha256"]) == (path.stat().st_size, sha256)
+        digest = None if path.suffix == ".parquet" else artifact.digest_of(path)  # of Parquet only some columns are read
+        assert (ledger["bytes"], ledger["blake3"]) == (path.stat().st_size, digest)
     for split in SPLITS:
         assert manifests[split].info["documents"] == sum(ledger["written"].get(split, 0) for ledger in ledgers)
     assert sum(manifest.info["documents"] for manifest in manifests.values()) == len(rows)
@@ -349,7 +349,7 @@ def test_a_damaged_input_by_policy(tmp_path: Path, inputs: list[Path], bpe_dir: 
     made = make(tmp_path / "skipped", files, bpe_dir)
     ledgers = made["train"].info["input_files"]
     assert [bool(ledger["damage"]) for ledger in ledgers] == [True, False, False]
-    assert ledgers[0]["sha256"] is None
+    assert ledgers[0]["blake3"] is None
     kept = sum(ledgers[0]["written"].values())
     assert 0 < kept < 700
     own = [row for row in [*rows[:kept], *rows[700:]] if SHARES.split_of(row["text"]) == "train"]

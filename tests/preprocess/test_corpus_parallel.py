@@ -328,6 +328,30 @@ def test_joined_files_that_were_lost_are_made_again(
     assert hashes(tmp_path) == expected
 
 
+@pytest.mark.parametrize("kind", ["*-train.bin", "*-pool.lengths", "*-holdout.parquet"])
+@pytest.mark.parametrize("damage", ["zeros", "cut", "gone"])
+def test_what_a_crash_of_the_machine_took_is_made_again(
+    tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
+) -> None:
+    """Parts are recorded before the disk has all of them."""
+    from mates.preprocess import corpus
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(corpus, "_prepare_join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, inputs, bpe_dir)
+    path = sorted(path for path in next(tmp_path.glob("unfinished-*")).glob(kind) if path.stat().st_size)[1]
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(path.stat().st_size) if damage == "zeros" else path.read_bytes()[:-1])
+    make(tmp_path, inputs, bpe_dir)
+    assert hashes(tmp_path) == expected
+
+
 def test_work_of_other_settings_in_between_is_not_taken_for_ones_own(
     tmp_path: Path, inputs: Path, bpe_dir: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +112,7 @@ def damage_of(file: InputFile) -> tuple[list[str], str]:
     reader = PartReader(file, SKIP)
     texts = [text for block in reader for text in block.texts]
     assert reader.damage is not None
-    assert reader.sha256 is None
+    assert reader.digest is None
     assert reader.damage.startswith(f"damaged after {len(texts):,} documents, {reader.lines:,} lines: ")
     kept = []
     with pytest.raises(InputError) as caught:  # noqa: PT012 - the loop is what raises
@@ -182,12 +182,12 @@ def check_against_reference(file: InputFile, data: bytes, options: ReadOptions =
         kept = Counter(reject.reason for reject in rejects)
         assert all(count <= readers.REJECTS_KEPT for count in kept.values())
         first_line += reader.lines
-        digest.append(reader.sha256)
+        digest.append(reader.digest)
     assert found == [row for row in expected if not isinstance(row, str)]
     assert reasons == Counter(row for row in expected if isinstance(row, str))
     assert first_line == len(lines) - (not lines[-1])
     if parts == 1:
-        assert digest == [sha256(Path(file.name).read_bytes()).hexdigest()]
+        assert digest == [blake3(Path(file.name).read_bytes()).hexdigest()]
 
 
 # --- what comes out ------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ def test_parts_are_the_file(tmp_path_factory: pytest.TempPathFactory, lines: lis
         own = [start for start in starts if first <= start < stop]
         after = min((start for start in starts if start >= stop), default=len(data))
         assert reader.lines == len(own)
-        assert reader.sha256 == sha256(data[own[0] : after] if own else b"").hexdigest()
+        assert reader.digest == blake3(data[own[0] : after] if own else b"").hexdigest()
 
 
 @settings(max_examples=60, deadline=None)
@@ -565,7 +565,7 @@ def test_parts_of_parquet(tmp_path_factory: pytest.TempPathFactory, rows: int, g
         reader = PartReader(file, SKIP, part, parts)
         own = texts[groups * part // parts * group : groups * (part + 1) // parts * group]
         assert [text for block in reader for text in block.texts] == own
-        assert (reader.lines, reader.sha256) == (len(own), None)
+        assert (reader.lines, reader.digest) == (len(own), None)
 
 
 def test_how_many_parts() -> None:
@@ -688,7 +688,7 @@ def test_reading_may_stop_early_and_start_anew(tmp_path: Path, monkeypatch: pyte
     for ending in COMPRESS:
         reader = PartReader(put(tmp_path, ending, lines_of(ROWS) + b"bad\n"), SKIP)
         next(iter(reader))
-        assert reader.sha256 is None
+        assert reader.digest is None
         for _ in range(2):
             assert [text for block in reader for text in block.texts] == [row["text"] for row in ROWS]
             assert (reader.lines, reader.damage) == (len(ROWS) + 1, None)

@@ -120,5 +120,5 @@ def test_a_changed_token_is_found_when_it_is_asked_for(corpus: Corpus, tmp_path:
     data[8] ^= 1
     path.write_bytes(data)
     assert open_corpus(tmp_path, 2).windows(np.array([1])).tolist() == [[2, 4, 5]]
-    with pytest.raises(ArtifactError, match=re.escape(f"{path}: SHA-256")):
+    with pytest.raises(ArtifactError, match=re.escape(f"{path}: BLAKE3")):
         open_corpus(tmp_path, 2, verify=True)
