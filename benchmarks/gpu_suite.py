@@ -86,15 +86,84 @@ def adamw() -> dict[str, Any]:
     return rows
 
 
+def sample_gradients() -> dict[str, Any]:
+    """The kernels on per-sample gradients: error, determinism, time and share of the matmul rate against PyTorch's operations."""
+    from mates.kernels.adamw.reference import AdamWStep
+    from mates.kernels.grad_norm import reference as norm_reference
+    from mates.kernels.grad_norm import triton as norm_triton
+    from mates.kernels.update_dots import reference as dots_reference
+    from mates.kernels.update_dots import triton as dots_triton
+    from mates.kernels.update_weights import reference as weights_reference
+    from mates.kernels.update_weights import triton as weights_triton
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    step, rows = AdamWStep(t=1000, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8), {}
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator)
+
+    small = [(k, t, i, o) for k in (1, 3, 16) for t in (1, 63, 1024) for i, o in ((67, 130), (257, 31), (1030, 515))]
+    large = [(8, 1024, 1024, 4096), (8, 1024, 4096, 1024), (8, 1024, 1024, 3072)]  # layers of Pythia-410M
+    for dtype in (torch.float32, torch.bfloat16):
+        for K, T, I, O in small + large:  # noqa: E741
+            a, b = normal(K, T, I).to(dtype), (normal(K, T, O) / T).to(dtype)
+            factors, weight = torch.rand(K, device="cuda", generator=generator), normal(O, I) * 0.02
+            first, second = normal(O, I) * 1e-3, torch.rand(O, I, device="cuda", generator=generator) * 1e-5
+            directions = normal(2, O, I) * 1e-3
+
+            e = [value.double() for value in (a, b, factors, weight, first, second, directions)]
+            ops: dict[str, tuple[Any, Any, torch.Tensor]] = {
+                "squared_norms": (
+                    partial(norm_triton.squared_norms, a, b),
+                    partial(norm_reference.squared_norms, a, b),
+                    norm_reference.squared_norms(e[0], e[1]),
+                ),
+                "update_dots": (
+                    partial(dots_triton.update_dots, a, b, factors, first, second, directions, step),
+                    partial(dots_reference.update_dots, a, b, factors, first, second, directions, step),
+                    dots_reference.update_dots(e[0], e[1], e[2], e[4], e[5], e[6], step),
+                ),
+                "updated_weights": (
+                    partial(weights_triton.updated_weights, a, b, factors, weight, first, second, step, 0.1, torch.float32),
+                    partial(weights_reference.updated_weights, a, b, factors, weight, first, second, step, 0.1, torch.float32),
+                    weights_reference.updated_weights(e[0], e[1], e[2], e[3], e[4], e[5], step, 0.1, torch.float64),
+                ),
+            }
+            is_large = (K, T, I, O) in large
+            if is_large:
+                whole = torch.randn(4096, 4096, device="cuda").to(dtype)
+                matmul_rate = 2 * 4096**3 / median_ms(partial(torch.matmul, whole, whole))
+            for name, (fused, plain, exact) in ops.items():
+                found = fused()
+                own, torchs = relative_error(found, exact), relative_error(plain(), exact)
+                place = f"{name} {dtype} K{K} T{T} I{I} O{O}"
+                gate(own <= 2 * max(torchs, 2**-24), f"{place}: error {own:.2e}, PyTorch's own is {torchs:.2e}")
+                launches = 100 if not is_large else 10
+                gate(all(torch.equal(found, fused()) for _ in range(launches)), f"{place}: {launches} launches differ")
+                if is_large:
+                    ms, plain_ms = median_ms(fused), median_ms(plain)
+                    rows[place] = {
+                        "ms": ms,
+                        "pytorch_ms": plain_ms,
+                        "speedup": plain_ms / ms,
+                        "share_of_matmul_rate": 2 * K * T * I * O / ms / matmul_rate,
+                        "relative_error": own,
+                        "pytorch_relative_error": torchs,
+                    }
+    return rows
+
+
 def exact_probe() -> dict[str, Any]:
-    """Exact probes of a Pythia-70M-shaped model on the GPU in fp32 against the CPU in fp64, and their rate."""
+    """Exact and linear probes of a small model on the GPU in fp32 against the CPU in fp64, and their rates."""
     import time
 
     from mates.engine.config import ModelConfig
     from mates.engine.pretrain.checkpoint import OptimizerState
     from mates.engine.pretrain.model import build_model, model_config
     from mates.engine.pretrain.shapes import resolve_shape
-    from mates.engine.probe.exact import ExactProbe
+    from mates.engine.probe.methods import make_setting
+    from mates.engine.probe.prober import Prober
     from mates.engine.reference.batches import LabelBatch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -104,7 +173,8 @@ def exact_probe() -> dict[str, Any]:
     targets = torch.randint(0, 1024, (len(positions),), generator=generator)
     windows = torch.randint(0, 1024, (16, 129), generator=generator).numpy()
     config = model_config(resolve_shape(ModelConfig(hidden_size=256, layers=4, heads=8)), 1024, 0)
-    influences = {}
+    influences: dict[tuple[str, str], torch.Tensor] = {}
+    rates = {}
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
         model = build_model(config, seed=0).to(device=device, dtype=dtype)
         weights = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -112,13 +182,31 @@ def exact_probe() -> dict[str, Any]:
         decay = {name: 0.1 if value.ndim >= 2 else 0.0 for name, value in weights.items()}
         state = OptimizerState(weights, first, second, decay, 7, 1e-3, 0.9, 0.95, 1e-8, 1.0)
         batch = LabelBatch(tokens.to(device), positions.to(device), targets.to(device), positions.to(device) // 64)
-        probe = ExactProbe(model, state, [batch])
-        start = time.perf_counter()
-        influences[device] = torch.tensor([result.influence_nats for result in probe.probe_all(windows, torch.device(device))])
-        seconds = time.perf_counter() - start
-    error = float((influences["cuda"] - influences["cpu"]).abs().max() / influences["cpu"].std())
-    gate(error <= 1e-3, f"exact probe: the GPU in fp32 differs from fp64 by {error:.2e} SD")
-    return {"error_sd": error, "probes_per_second": len(windows) / seconds}
+        prober = Prober(make_setting(model, state, [[batch]], [torch.from_numpy(windows[:4]).to(device)]), [[batch]], 4)
+        for method in ("exact", "linear"):
+            prober.probe(windows[:4], [method])
+            start = time.perf_counter()
+            influences[device, method] = torch.from_numpy(prober.probe(windows, [method]).influences[method][:, 0])
+            rates[method] = len(windows) / (time.perf_counter() - start)
+    found = {}
+    for method, bound in (("exact", 1e-3), ("linear", 1e-5)):
+        exact = influences["cpu", method]
+        error = float((influences["cuda", method] - exact).abs().max() / exact.std())
+        gate(error <= bound, f"{method} probe: the GPU in fp32 differs from fp64 by {error:.2e} SD")
+        found[method] = {"error_sd": error, "probes_per_second": rates[method]}
+    return found
+
+
+def probe_throughput(preset: str) -> dict[str, Any]:
+    """Probes a second by every method and by the published way, of a Pythia shape at 1,024 tokens with 1,024 reference items."""
+    import probe_throughput as benchmark
+
+    options = benchmark.parse(
+        f"--device cuda --preset {preset} --samples 32 --one_by_one 4 --batch 8 --reference_batch_tokens 65536".split()
+        + f"--repeats {1 if preset == 'pythia-1b' else 3}".split()
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return dict(benchmark.measure(options, Path(folder)))
 
 
 def quickstart() -> dict[str, Any]:
@@ -146,7 +234,15 @@ def quickstart() -> dict[str, Any]:
     return {"metrics": metrics, "seconds": seconds}
 
 
-PARTS: dict[str, Part] = {"adamw": adamw, "exact-probe": exact_probe, "quickstart": quickstart}
+PARTS: dict[str, Part] = {
+    "adamw": adamw,
+    "sample-gradients": sample_gradients,
+    "exact-probe": exact_probe,
+    "throughput-70m": partial(probe_throughput, "pythia-70m"),
+    "throughput-410m": partial(probe_throughput, "pythia-410m"),
+    "throughput-1b": partial(probe_throughput, "pythia-1b"),
+    "quickstart": quickstart,
+}
 
 
 def main() -> int:
@@ -158,7 +254,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.list or options.part is None:
         for name, part in PARTS.items():
-            print(f"{name:<12} {(part.__doc__ or '').splitlines()[0]}")
+            print(f"{name:<16} {(getattr(part, 'func', part).__doc__ or '').splitlines()[0]}")
         return 0 if options.list else 2
     if not torch.cuda.is_available():
         print("gpu_suite: no CUDA GPU here; nothing was measured", file=sys.stderr)

@@ -9,7 +9,7 @@ faster than datatrove's tokenizer step, at no less than 85% of the floor, within
 - Input: the documents of the given files, no text twice, shuffled (so that every prefix has the same mixture) and written to shards
   once. The slow peers take a prefix, the subset, as uncompressed JSON lines; all rates are UTF-8 bytes of text a second.
 - With N workers all processes of a contestant share the same N cores.
-- Steady time is that of the call, imports done, less that of the same call on one document a worker; process time is all of it, from
+- Steady time is that of the call, imports done, less that of the same call on 64 documents a worker; process time is all of it, from
   the start of the interpreter. Contestants take turns; ratios are of the same turn, and their median and range are given.
 - All contestants make tokens only, since the peers keep nothing else of a document; what it takes to keep url, timestamp and source
   as well, which is the default of ``mates``, is given beside it.
@@ -59,7 +59,9 @@ FLOOR = ("decompress", "parse", "tokenize", "write")
 PEERS = ("pool", "datatrove", "megatron")
 BLOCK_BYTES = 4 << 20
 SUBSET_FILES = 4
+START_DOCUMENTS = 64  # for each worker, in the runs that tell what starting costs
 ROW_GROUP = 1_000  # documents, in Parquet shards
+ALL_WORKERS = "ours with all workers"
 NEARLY_LINEAR = 0.9  # of the ideal speed-up
 
 Json = dict[str, Any]
@@ -163,7 +165,7 @@ def written(folder: Path, stem: str, form: str, documents: Sequence[Json], count
 
 
 def prepare(task: Json) -> Json:
-    """Write the shards, the subset (in the shards' format, plain, and plain in one file) and one document a worker."""
+    """Write the shards, the subset (in the shards' format, plain, and plain in one file) and a few documents a worker."""
     import xxhash
 
     documents: list[Json] = []
@@ -183,16 +185,16 @@ def prepare(task: Json) -> Json:
     while subset < len(documents) and size < task["subset_bytes"]:
         size += len(documents[subset]["text"].encode())
         subset += 1
-    folder, form = Path(task["folder"]), task["form"]
+    folder, form, few = Path(task["folder"]), task["form"], START_DOCUMENTS * task["workers"]
     return {
         "repeated": repeated,
         "shards": written(folder, "shard", form, documents, task["shards"]),
         "subset": written(folder, "subset", form, documents[:subset], SUBSET_FILES),
         "plain": written(folder, "plain", "jsonl", documents[:subset], SUBSET_FILES),
         "one_file": written(folder, "whole", "jsonl", [d for n in range(SUBSET_FILES) for d in documents[:subset][n::SUBSET_FILES]], 1),
-        "tiny": written(folder, "tiny", form, documents[: task["workers"]], task["workers"]),
-        "tiny_plain": written(folder, "tiny-plain", "jsonl", documents[: task["workers"]], task["workers"]),
-        "tiny_one_file": written(folder, "tiny-whole", "jsonl", documents[: task["workers"]], 1),
+        "tiny": written(folder, "tiny", form, documents[:few], task["workers"]),
+        "tiny_plain": written(folder, "tiny-plain", "jsonl", documents[:few], task["workers"]),
+        "tiny_one_file": written(folder, "tiny-whole", "jsonl", documents[:few], 1),
     }
 
 
@@ -639,20 +641,33 @@ def turns(bench: Bench, workers: int, peers: Sequence[str]) -> dict[str, list[Js
 
 
 def floor_turns(bench: Bench) -> dict[str, list[Json]]:
-    """One worker of ours, without metadata and with it, and the parts of the floor in turn, ``floor_repeats`` times."""
+    """Ours with one worker, without metadata and with it, and with all workers, amid the parts of the floor: ``floor_repeats`` times.
+
+    What is compared runs within seconds of each other, for machines drift.
+    """
     found: dict[str, list[Json]] = {}
+    many = max(bench.options.workers)
+
+    def note(name: str, run: Json) -> None:
+        found.setdefault(name, []).append(run)
+
     for turn in range(bench.options.floor_repeats):
         print(f"floor, turn {turn + 1} of {bench.options.floor_repeats}", file=sys.stderr)
-        for name, files, fields in (("ours start", "tiny", ()), ("ours", "shards", ()), ("ours with metadata", "shards", FIELDS)):
-            found.setdefault(name, []).append(bench.ours(files, 1, fields=fields))
+        note("ours start", bench.ours("tiny", 1))
         for part in FLOOR:
+            if part == "tokenize":  # the longest part and ours side by side
+                note("ours", bench.ours("shards", 1))
             bench.clear()
-            found.setdefault(part, []).append(run_child(bench.task(part, "shards"), cores=1))
+            note(part, run_child(bench.task(part, "shards"), cores=1))
+        note("ours with metadata", bench.ours("shards", 1, fields=FIELDS))
+        if many > 1:
+            note(f"{ALL_WORKERS} start", bench.ours("tiny", many))
+            note(ALL_WORKERS, bench.ours("shards", many))
     return found
 
 
 def steady(runs: dict[str, list[Json]], name: str, clock: str) -> list[float]:
-    """Seconds of each turn's run less the median of the same contestant's on one document a worker.
+    """Seconds of each turn's run less the median of the same contestant's on a few documents a worker.
 
     nan where that leaves no more than the starts differ among themselves: then there was too little text to tell.
     """
@@ -670,7 +685,7 @@ def spread(values: Sequence[float]) -> Json | None:
 
 
 def rates(bench: Bench, runs: dict[str, list[Json]], name: str) -> Json:
-    """MB of text a second, steady and of the whole process, and the process' seconds on one document a worker."""
+    """MB of text a second, steady and of the whole process, and the process' seconds on a few documents a worker."""
     text = bench.prepared["shards" if name == "ours" else "subset"]["text_bytes"] / 1e6
     found: Json = {"process_mb_s": spread([text / run["process_s"] for run in runs[name]]), "runs": runs[name]}
     if f"{name} start" in runs:
@@ -698,7 +713,7 @@ def compare(bench: Bench, runs: dict[str, list[Json]], peers: Sequence[str]) -> 
 
 
 def floor_share(bench: Bench, runs: dict[str, list[Json]]) -> Json:
-    """Seconds of each part for a GB of text, and which share of ours the floor makes up, turn by turn."""
+    """Seconds of each part for a GB of text, which share of ours the floor makes up, and what more workers gain, turn by turn."""
     gigabytes = bench.prepared["shards"]["text_bytes"] / 1e9
     found: Json = {"runs": runs}
     for clock in ("cpu_s", "wall_s"):
@@ -709,6 +724,9 @@ def floor_share(bench: Bench, runs: dict[str, list[Json]]) -> Json:
         named = parts | {"floor": floor, "ours": mine, "ours with metadata": more}
         found[f"{clock}_per_gb"] = {name: spread(values) for name, values in named.items()}
         found[clock.replace("_s", "_share")] = spread([least / own for least, own in zip(floor, mine, strict=True)])
+    if ALL_WORKERS in runs:
+        pairs = zip(*(steady(runs, name, "wall_s") for name in ("ours", ALL_WORKERS)), strict=True)
+        found["gain"] = spread([one / all_workers for one, all_workers in pairs])
     return found
 
 
@@ -754,10 +772,7 @@ def claims(by_workers: dict[str, Json], floor: Json, used: Json) -> list[Json]:
     def over(peer: str) -> list[float | None]:
         return [median((found["ours_over"][peer] or {"steady": None})["steady"]) for found in by_workers.values()]
 
-    few, many = min(by_workers, key=int), max(by_workers, key=int)
-    first, last = (median(by_workers[number]["rates"]["ours"]["steady_mb_s"]) for number in (few, many))
-    more = int(many) / int(few)
-    gain = last / first if more > 1 and first is not None and last is not None else None
+    many = max(map(int, by_workers))
     return [
         claim("times the speed of the pool of Hugging Face tokenizers, the design of Megatron's default tool", over("pool"), 40),
         claim("times the speed of Megatron's own tool", over("megatron"), 40),
@@ -765,7 +780,7 @@ def claims(by_workers: dict[str, Json], floor: Json, used: Json) -> list[Json]:
         claim("of the floor's speed, by CPU time, one worker", [median(floor["cpu_share"])], 0.85),
         claim("of the floor's speed, by wall time, one worker", [median(floor["wall_share"])], 0.85),
         claim("MiB in the largest process", [used["mib"]], 400, at_most=True),
-        claim(f"times the speed with {many} workers of that with {few}", [gain], NEARLY_LINEAR * more),
+        claim(f"times the speed with {many} workers of that with one", [median(floor.get("gain"))], NEARLY_LINEAR * many),
     ]
 
 
@@ -872,7 +887,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--shards", type=int, default=8, help="number of shards")
     add("--workers", default="1,2", help="numbers of workers, parted by commas")
     add("--repeats", type=int, default=5, help="turns of all contestants")
-    add("--floor_repeats", type=int, default=9, help="turns of ours and the floor")
+    add("--floor_repeats", type=int, default=15, help="turns of ours and the floor")
     add("--subset_mb", type=float, default=20, help="text for the peers")
     add("--memory_mb", type=float, default=1000, help="text for the memory figure; derived where there is less")
     add("--datatrove_python", type=Path, help="Python interpreter that has datatrove, where this one does not")

@@ -13,6 +13,7 @@ from typing import Literal
 SAMPLE = "sample"  # the word in place of a path that asks for the embedded corpus or its reference task
 
 Method = Literal["random", "mates", "mates-topk"]
+ProbeMethod = Literal["exact", "linear", "centred", "frozen", "corrected"]
 
 
 OWNED_BY_RECIPE = {
@@ -267,8 +268,10 @@ class PretrainConfig:
 class ProbeConfig:
     """Oracle influences: one optimizer step on a sample, and how the reference loss moves."""
 
-    method: Literal["exact"] = "exact"
-    """``exact``: a literal AdamW step on each sample and a forward pass over the whole reference."""
+    method: ProbeMethod | Literal["auto"] = "exact"
+    """``exact``: a literal AdamW step on each sample and a forward pass over the whole reference. ``linear``: the step's dot product with
+    the reference gradient. ``centred``: with the gradient at the mean step. ``frozen``: with the second moment held fixed. ``corrected``:
+    exact on ``subset_items`` items, corrected by linear. ``auto``: the cheapest of them that is as faithful as ``min_fidelity`` asks."""
     samples: int = 256
     """Samples of the pool probed at each stage."""
     after_decay: bool = False
@@ -277,6 +280,18 @@ class ProbeConfig:
     to the probe."""
     precision: Literal["fp32", "fp64"] = "fp32"
     """Arithmetic of the probe."""
+    fidelity_samples: int = 32
+    """Samples on which every method is compared with exact influences, at every checkpoint; 0 compares nothing."""
+    min_fidelity: float = 0.95
+    """Spearman's correlation with exact influences that ``auto`` asks of a method: the lower end of its 95% interval."""
+    subset_items: int = 16
+    """``corrected`` only: items of each reference that it is exact on."""
+    calibration_samples: int = 32
+    """Samples over which ``centred`` and ``frozen`` take their means."""
+    micro_batch_size: int = 4
+    """Samples in one forward and backward pass. Micro-batches form inside a chunk, so influences do not depend on the number of ranks."""
+    generic: bool = False
+    """Take gradients sample by sample, for models with layers other than linear ones, embeddings and norms; slower."""
     reference_batch_tokens: int = 8192
     """Padded tokens in one forward pass over the reference."""
     chunk_size: int = 16
@@ -284,8 +299,21 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 20, "probe.samples", self.samples, "at least 20, or there is nothing to fit and test on")
-        for name in ("reference_batch_tokens", "chunk_size"):
+        for name in ("reference_batch_tokens", "chunk_size", "subset_items", "calibration_samples", "micro_batch_size"):
             require(getattr(self, name) >= 1, f"probe.{name}", getattr(self, name), "at least 1")
+        require(
+            self.fidelity_samples == 0 or 8 <= self.fidelity_samples <= self.samples,
+            "probe.fidelity_samples",
+            self.fidelity_samples,
+            f"0, or 8 to probe.samples = {self.samples}",
+        )
+        require(
+            self.method != "auto" or self.fidelity_samples > 0,
+            "probe.fidelity_samples",
+            self.fidelity_samples,
+            "at least 8, since probe.method is auto",
+        )
+        require(0 < self.min_fidelity <= 1, "probe.min_fidelity", self.min_fidelity, "a correlation above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)

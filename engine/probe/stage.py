@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +24,9 @@ from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
 from mates.engine.pretrain.model import build_model, model_config, padded_vocabulary
 from mates.engine.pretrain.shapes import resolve_shape
-from mates.engine.probe.exact import ExactProbe
+from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, reliability
+from mates.engine.probe.methods import make_setting
+from mates.engine.probe.prober import ESTIMATES, Probed, Prober
 from mates.engine.progress import say
 from mates.engine.random import KeyedPermutation
 from mates.engine.reference.batches import label_batches
@@ -30,7 +34,7 @@ from mates.engine.reference.task import Reference, open_reference
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 
-LABELS_FILE = "labels.parquet"
+LABELS_FILE, FIDELITY_FILE = "labels.parquet", "fidelity.parquet"
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -50,23 +54,47 @@ def probed_samples(recipe: Recipe, pool_samples: int, stage: int) -> npt.NDArray
     return KeyedPermutation(pool_samples, recipe.seed, "probe", stage)(np.arange(wanted))
 
 
-def probe_flops(recipe: Recipe, vocab_size: int, reference: Reference | tuple[int, int, int], samples: int) -> float:
-    """FLOPs of exact probes: forward and backward of each sample, then a forward pass over the reference, and the baseline once; and
+def probe_flops(
+    recipe: Recipe, vocab_size: int, reference: Reference | tuple[int, int, int], samples: int, method: str | None = None
+) -> float:
+    """FLOPs of probing: each sample by its method, the samples that are compared by all of them, what the methods need beforehand, and
     the decay branch where its end is probed.
 
-    ``reference`` is one, or (items, tokens, label tokens) of one that does not exist yet.
+    Args:
+        recipe: the recipe. vocab_size: entries of the tokenizer's vocabulary.
+        reference: one, or (items, tokens, label tokens) of one that does not exist yet.
+        samples: how many are probed. method: what ``auto`` came to; ``linear`` where that is not known yet.
     """
     items, tokens, labels = (
         reference
         if isinstance(reference, tuple)
         else (reference.items, len(reference.tokens), int(reference.manifest.info["label_tokens"]))
     )
+    probe, length = recipe.probe, recipe.pretrain.sequence_length
     shape, rows = resolve_shape(recipe.model), padded_vocabulary(vocab_size, recipe.model.vocab_multiple)
-    length = recipe.pretrain.sequence_length
     step = decoder_training(shape, rows, tokens=length, length=length)
     forward = decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
-    branch = recipe.evaluate.decay_steps * recipe.pretrain.batch_size * step if recipe.probe.after_decay else 0.0
-    return samples * (step + forward) + forward + branch
+    part = forward * min(1.0, probe.subset_items / items)
+    pass_ = 2 * shape.matmul_parameters(rows) * length  # the gradients' norms, or the dots
+    each = {
+        "exact": step + forward,
+        "linear": step - pass_ + 2 * pass_,
+        "centred": step - pass_ + 2 * pass_,
+        "frozen": step - pass_ + 2 * pass_,
+        "corrected": step + part + pass_,
+    }
+    method = method or ("linear" if probe.method == "auto" else probe.method)
+    gradient, means = 3 * forward, probe.calibration_samples * step
+    before = {
+        "exact": forward,
+        "linear": gradient,
+        "centred": means + gradient,
+        "frozen": means + gradient,
+        "corrected": gradient + 3 * part + part,
+    }
+    compared = probe.fidelity_samples * sum(each.values()) + sum(before.values()) if probe.fidelity_samples else before[method]
+    branch = recipe.evaluate.decay_steps * recipe.pretrain.batch_size * step if probe.after_decay else 0.0
+    return samples * each[method] + compared + branch
 
 
 def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -97,33 +125,35 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     layout = layout_of(recipe)
     parent = layout.probed(method, stage, after_decay=recipe.probe.after_decay)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
-    reference = open_reference(layout.reference("train"))
+    references = [open_reference(layout.reference("train"))]
     ids = probed_samples(recipe, pool.samples, stage)
-    prober = open_prober(recipe, parent, pool, reference, world.device)
-    parts, size = request.directory / "parts", recipe.probe.chunk_size
-    seconds = run_chunks(
-        parts,
-        plan={"settings": request.settings, "inputs": request.inputs, "chunk_size": size},
-        chunks=-(-len(ids) // size),
-        file_name=_part_name,
-        make=lambda number, path: _write_part(path, prober, pool, ids[number * size : (number + 1) * size], reference.name, world),
+    job = _Job(
+        recipe=recipe,
         world=world,
+        request=request,
+        pool=pool,
+        names=[reference.name for reference in references],
+        prober=open_prober(recipe, parent, pool, references, stage, world.device),
         label=f"probe {method} stage {stage}",
         started=started,
     )
+    report = job.compare(np.sort(ids[: recipe.probe.fidelity_samples])) if recipe.probe.fidelity_samples else {}
+    by = report.get("method", recipe.probe.method)
+    seconds = job.run("parts", np.sort(ids), [by])
     branch = artifact.load(parent).info["branch"]["seconds"] if recipe.probe.after_decay else 0.0
     cost = Cost(
-        flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], reference, len(ids)),
+        flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], references[0], len(ids), by),
         seconds=seconds + branch,
         tokens=len(ids) * recipe.pretrain.sequence_length,
     )
-    result: Manifest = world.same(lambda: _commit(request, parts, prober, ids, reference.name, cost))
+    result: Manifest = world.same(lambda: job.commit(ids, by, report, cost))
     return result
 
 
-def open_prober(recipe: Recipe, parent: Path, pool: Corpus, reference: Reference, device: torch.device) -> ExactProbe:
-    """An exact probe of a checkpoint on a device."""
-    dtype = DTYPES[recipe.probe.precision]
+def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence[Reference], stage: int, device: torch.device) -> Prober:
+    """The methods at a checkpoint, on a device."""
+    probe = recipe.probe
+    dtype = DTYPES[probe.precision]
     state, _ = checkpoint.read_state(parent, dtype=dtype, device=device)
     vocabulary = pool.info("tokenizer")
     config = model_config(
@@ -132,56 +162,166 @@ def open_prober(recipe: Recipe, parent: Path, pool: Corpus, reference: Reference
         vocabulary["end_of_document"],
     )
     model = build_model(config, recipe.seed).to(device=device, dtype=dtype)
-    batches = label_batches(reference, batch_tokens=recipe.probe.reference_batch_tokens, device=device)
-    return ExactProbe(model, state, batches)
+    batches = [label_batches(one, batch_tokens=probe.reference_batch_tokens, device=device) for one in references]
+    subset = [
+        label_batches(one, batch_tokens=probe.reference_batch_tokens, device=device, items=_subset(recipe, one.items, stage))
+        for one in references
+    ]
+    known = pool.windows(np.sort(probed_samples(recipe, pool.samples, stage)[: probe.calibration_samples]))
+    calibration = [
+        torch.from_numpy(known[start : start + probe.micro_batch_size]).to(device) for start in range(0, len(known), probe.micro_batch_size)
+    ]
+    return Prober(make_setting(model, state, batches, calibration, generic=probe.generic), subset, probe.micro_batch_size)
+
+
+def _subset(recipe: Recipe, items: int, stage: int) -> npt.NDArray[np.int64]:
+    return KeyedPermutation(items, recipe.seed, "probe-subset", stage)(np.arange(min(items, recipe.probe.subset_items)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """The probing of one checkpoint."""
+
+    recipe: Recipe
+    world: World
+    request: Request
+    pool: Corpus
+    names: list[str]
+    prober: Prober
+    label: str
+    started: float
+
+    def run(self, folder: str, ids: npt.NDArray[np.int64], methods: Sequence[str], *, halves: bool = False) -> float:
+        """Probe samples by some methods into chunk files of ``folder``; seconds, earlier attempts and steps included.
+
+        Samples are taken in the order of their ids, so that a chunk, in which micro-batches form, is the same however they were asked for.
+        """
+        size = self.recipe.probe.chunk_size
+
+        def make(number: int, path: Path) -> None:
+            own = ids[number * size : (number + 1) * size]
+            probed = self.prober.probe(self.pool.windows(own), methods, halves=halves)
+            with artifact.atomic_file(path) as handle:
+                pq.write_table(_table(own, probed, self.names), handle)
+
+        return run_chunks(
+            self.request.directory / folder,
+            plan={"settings": self.request.settings, "inputs": self.request.inputs, "chunk_size": size, "methods": list(methods)},
+            chunks=-(-len(ids) // size),
+            file_name=_part_name,
+            make=make,
+            world=self.world,
+            label=self.label,
+            started=self.started,
+        )
+
+    def compare(self, ids: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """The fidelity of every method on these samples, and the method that labels are taken by."""
+        self.run("fidelity", ids, [*ESTIMATES, "sgd", "exact"], halves=True)
+        report: dict[str, Any] = self.world.same(lambda: self._report(_joined(self.request.directory / "fidelity", ids)))
+        return report
+
+    def _report(self, table: pa.Table) -> dict[str, Any]:
+        probe, seed = self.recipe.probe, self.recipe.seed
+        found: dict[str, list[Fidelity]] = {method: [] for method in (*ESTIMATES, "sgd")}
+        oracle = []
+        for name in self.names:
+            exact = table[f"exact.{name}"].to_numpy()
+            oracle.append(interval(reliability, table[f"exact_even.{name}"].to_numpy(), table[f"exact_odd.{name}"].to_numpy(), seed))
+            for method, row in found.items():
+                row.append(fidelity_of(table[f"{method}.{name}"].to_numpy(), exact, seed))
+        chosen = cheapest(ESTIMATES, found, probe.min_fidelity, "exact") if probe.method == "auto" else probe.method
+        for line in _lines(found, oracle, self.names, table.num_rows):
+            say(line)
+        if probe.method == "auto":
+            say(f"probe: auto takes {chosen}, the cheapest method whose Spearman is at least {probe.min_fidelity} with 95% confidence")
+        return {
+            "method": chosen,
+            "samples": table.num_rows,
+            "methods": {method: {name: one.as_json() for name, one in zip(self.names, row, strict=True)} for method, row in found.items()},
+            "reliability": {name: asdict(one) for name, one in zip(self.names, oracle, strict=True)},
+        }
+
+    def commit(self, ids: npt.NDArray[np.int64], by: str, report: Mapping[str, Any], cost: Cost) -> Manifest:
+        """Write the labels in probing order, and the comparison."""
+        directory, parts = self.request.directory, self.request.directory / "parts"
+        sorted_ids = np.sort(ids)
+        table = _joined(parts, sorted_ids).take(pa.array(np.searchsorted(sorted_ids, ids)))
+        columns = {influence_column(name): table[f"{by}.{name}"].to_numpy() for name in self.names}
+        for values in columns.values():
+            if not np.isfinite(values).all():
+                raise ArtifactError(
+                    f"{parts}: {int((~np.isfinite(values)).sum())} influences are not finite; "
+                    "the checkpoint or its optimizer state is broken"
+                )
+        baseline = self.prober.exact.baseline.means.tolist()
+        labels = pa.table(
+            {"sample_id": ids}
+            | columns
+            | {f"baseline_loss_nats.{name}": [value] * len(ids) for name, value in zip(self.names, baseline, strict=True)}
+            | {name: table[name] for name in ("sample_loss_nats", "grad_norm")}
+            | {"method": [by] * len(ids)}
+        )
+        files = [LABELS_FILE]
+        with artifact.atomic_file(directory / LABELS_FILE) as handle:
+            pq.write_table(labels, handle)
+        if report:
+            compared = np.sort(ids[: self.recipe.probe.fidelity_samples])
+            with artifact.atomic_file(directory / FIDELITY_FILE) as handle:
+                pq.write_table(_joined(directory / "fidelity", compared), handle)
+            files.append(FIDELITY_FILE)
+        values = columns[influence_column(self.names[0])]
+        info = {
+            "samples": len(ids),
+            "method": by,
+            "mean_nats": float(values.mean()),
+            "sd_nats": float(values.std()),
+            "helpful_share": float((values < 0).mean()),
+            "baseline_loss_nats": baseline[0],
+            "references": self.names,
+        } | ({"fidelity": report} if report else {})
+        manifest = self.request.commit(info=info, cost=cost, files=files)
+        for folder in ("parts", "fidelity"):
+            shutil.rmtree(directory / folder, ignore_errors=True)
+        helpful = f"{100 * (values < 0).mean():.0f}% of the samples lower the reference loss"
+        say(f"probe: {len(ids)} influences by {by}, mean {values.mean():+.2e} nats, SD {values.std():.2e}, {helpful}")
+        return manifest
 
 
 def _part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
-def _write_part(path: Path, prober: ExactProbe, pool: Corpus, ids: npt.NDArray[np.int64], reference_name: str, world: World) -> None:
-    results = prober.probe_all(pool.windows(ids), world.device)
-    table = pa.table(
-        {
-            "sample_id": ids,
-            influence_column(reference_name): [result.influence_nats for result in results],
-            "baseline_loss_nats": [prober.baseline_loss_nats] * len(ids),
-            "sample_loss_nats": [result.sample_loss_nats for result in results],
-            "grad_norm": [result.grad_norm for result in results],
-            "method": ["exact"] * len(ids),
-        }
-    )
-    with artifact.atomic_file(path) as handle:
-        pq.write_table(table, handle)
+def _table(ids: npt.NDArray[np.int64], probed: Probed, names: Sequence[str]) -> pa.Table:
+    columns: dict[str, Any] = {"sample_id": ids}
+    for method, values in probed.influences.items():
+        columns |= {f"{method}.{name}": values[:, number] for number, name in enumerate(names)}
+    if probed.halves is not None:
+        for half, kind in enumerate(("even", "odd")):
+            columns |= {f"exact_{kind}.{name}": probed.halves[:, number, half] for number, name in enumerate(names)}
+    return pa.table(columns | {"sample_loss_nats": probed.losses, "grad_norm": probed.norms})
 
 
-def _commit(request: Request, parts: Path, prober: ExactProbe, ids: npt.NDArray[np.int64], reference_name: str, cost: Cost) -> Manifest:
-    table = pa.concat_tables(pq.read_table(path) for path in sorted(parts.glob("part-*.parquet")))
+def _joined(folder: Path, ids: npt.NDArray[np.int64]) -> pa.Table:
+    table = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("part-*.parquet")))
     if table["sample_id"].to_numpy().tolist() != ids.tolist():
         raise ArtifactError(
-            f"{parts}: the parts hold {table.num_rows} samples, not the {len(ids)} asked for; remove {parts} and probe again"
+            f"{folder}: the parts hold {table.num_rows} samples, not the {len(ids)} asked for; remove {folder} and probe again"
         )
-    values = table[influence_column(reference_name)].to_numpy()
-    if not np.isfinite(values).all():
-        raise ArtifactError(
-            f"{parts}: {int((~np.isfinite(values)).sum())} influences are not finite; the checkpoint or its optimizer state is broken"
+    return table
+
+
+def _lines(found: Mapping[str, Sequence[Fidelity]], oracle: Sequence[Interval], names: Sequence[str], samples: int) -> Iterator[str]:
+    for number, name in enumerate(names):
+        whole = oracle[number]
+        yield (
+            f"probe: {name}: agreement with exact influences on {samples} samples "
+            f"(the oracle's own reliability: {whole.value:.3f}, {whole.low:.3f} to {whole.high:.3f})"
         )
-    with artifact.atomic_file(request.directory / LABELS_FILE) as handle:
-        pq.write_table(table, handle)
-    info = {
-        "samples": len(ids),
-        "mean_nats": float(values.mean()),
-        "sd_nats": float(values.std()),
-        "helpful_share": float((values < 0).mean()),
-        "baseline_loss_nats": prober.baseline_loss_nats,
-        "references": [reference_name],
-    }
-    manifest = request.commit(info=info, cost=cost, files=[LABELS_FILE])
-    shutil.rmtree(parts)
-    helpful = f"{100 * (values < 0).mean():.0f}% of the samples lower the reference loss"
-    say(f"probe: {len(ids)} influences, mean {values.mean():+.2e} nats, SD {values.std():.2e}, {helpful}")
-    return manifest
+        for method, row in found.items():
+            rank, linear = row[number].spearman, row[number].pearson
+            shown = f"Spearman {rank.value:.3f} ({rank.low:.3f} to {rank.high:.3f}), Pearson {linear.value:.3f}"
+            yield f"probe:   {method.ljust(9)} {shown}"
 
 
 def read_labels(directory: Path, reference_name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], Manifest]:

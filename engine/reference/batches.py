@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mates.engine.reference.task import IGNORED, Reference
@@ -21,10 +22,18 @@ class LabelBatch:
     items: torch.Tensor
 
 
-def label_batches(reference: Reference, *, batch_tokens: int, device: torch.device) -> list[LabelBatch]:
-    """Batches of similar length under a budget of padded tokens (one item at least); the division depends on nothing else."""
+def label_batches(
+    reference: Reference, *, batch_tokens: int, device: torch.device, items: npt.NDArray[np.int64] | None = None
+) -> list[LabelBatch]:
+    """Batches of similar length under a budget of padded tokens (one item at least); the division depends on nothing else.
+
+    Args:
+        reference: what is batched. batch_tokens: the budget. device: where the batches go.
+        items: numbers of the items that are wanted; all by default.
+    """
     lengths = np.diff(reference.offsets)
-    order = np.lexsort((np.arange(len(lengths)), lengths))
+    wanted = np.arange(len(lengths)) if items is None else np.sort(items)
+    order = wanted[np.lexsort((wanted, lengths[wanted]))]
     batches, current = [], []  # type: tuple[list[LabelBatch], list[int]]
     for item in order:
         if current and (len(current) + 1) * int(lengths[item]) > batch_tokens:

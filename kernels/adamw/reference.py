@@ -50,8 +50,24 @@ def stepped_weight(
     Returns:
         A new tensor like ``weight``.
     """
+    first, denominator = _moments(exp_avg, exp_avg_sq, grad, factor, step)
+    return (weight * (1 - step.lr * weight_decay)).addcdiv_(first, denominator, value=-step.lr / step.correction1)
+
+
+def adam_update(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor, step: AdamWStep) -> torch.Tensor:
+    """What :func:`stepped_weight` adds to a weight, without weight decay: −lr/(1 − β1ᵗ) · m' / (√v'/√(1 − β2ᵗ) + ε).
+
+    Taken by itself and not as w' − w, which would lose the digits that w' has no room for.
+    """
+    first, denominator = _moments(exp_avg, exp_avg_sq, grad, factor, step)
+    return first.div_(denominator).mul_(-step.lr / step.correction1)
+
+
+def _moments(
+    exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor, step: AdamWStep
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m', and √v'/√(1 − β2ᵗ) + ε."""
     clipped = grad * factor.to(grad.dtype)
     first = torch.lerp(exp_avg, clipped, 1 - step.beta1)
     second = (exp_avg_sq * step.beta2).addcmul_(clipped, clipped, value=1 - step.beta2)
-    denominator = second.sqrt_().div_(step.correction2**0.5).add_(step.eps)
-    return (weight * (1 - step.lr * weight_decay)).addcdiv_(first, denominator, value=-step.lr / step.correction1)
+    return first, second.sqrt_().div_(step.correction2**0.5).add_(step.eps)

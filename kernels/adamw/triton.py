@@ -12,6 +12,14 @@ BLOCK = 1024
 
 
 @triton.jit
+def adam_ratio(grad, first, second, beta1, beta2, root_correction2, eps):
+    """m' / (√v'/√(1 − β2ᵗ) + ε) in fp32; ``first`` and ``second`` are m and v."""
+    first += (1.0 - beta1) * (grad - first)
+    second = second * beta2 + (1.0 - beta2) * grad * grad
+    return first / (tl.sqrt(second) / root_correction2 + eps)
+
+
+@triton.jit
 def stepped_weight_kernel(
     weight_ptr,
     exp_avg_ptr,
@@ -35,10 +43,8 @@ def stepped_weight_kernel(
     first = tl.load(exp_avg_ptr + at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    first += (1.0 - beta1) * (grad - first)
-    second = second * beta2 + (1.0 - beta2) * grad * grad
-    denominator = tl.sqrt(second) / root_correction2 + eps
-    tl.store(out_ptr + at, weight * keep - scale * (first / denominator), mask=mask)
+    ratio = adam_ratio(grad, first, second, beta1, beta2, root_correction2, eps)
+    tl.store(out_ptr + at, weight * keep - scale * ratio, mask=mask)
 
 
 def stepped_weight(

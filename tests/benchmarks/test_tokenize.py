@@ -67,6 +67,7 @@ def test_every_figure_is_there(options: list[str], texts: list[str], capsys: pyt
     assert [len(found["floor"]["runs"][name]) for name in (*FLOOR, "ours", "ours with metadata")] == [1] * 6
     assert found["memory"]["text_bytes"] == found["corpus"]["text_bytes"] + found["memory"]["derived_text_bytes"] >= 0.5e6
     assert found["memory"]["mib"] > 10
+    assert "gain" not in found["floor"]
     assert len(found["gate"]["digests"]["shards"]) == 64
     assert [claim["holds"] for claim in found["claims"] if "Megatron's own" in claim["claim"]] == [None]
     assert [claim["holds"] for claim in found["claims"] if "workers of that" in claim["claim"]] == [None]
@@ -138,27 +139,22 @@ def test_a_run_that_the_starts_drown_out_gives_no_rate() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "range": [1.0, 3.0], "n": 3}
 
 
-def by_workers(pool: float, rate: float) -> dict[str, Any]:
+def by_workers(pool: float) -> dict[str, Any]:
     def over(value: float) -> dict[str, Any]:
         return {"pool": {"steady": {"median": value}}, "datatrove": None, "megatron": None}
 
-    def rates(value: float) -> dict[str, Any]:
-        return {"ours": {"steady_mb_s": {"median": value}}}
-
-    return {"1": {"ours_over": over(50.0), "rates": rates(100.0)}, "2": {"ours_over": over(pool), "rates": rates(rate)}}
+    return {"1": {"ours_over": over(50.0)}, "2": {"ours_over": over(pool)}}
 
 
 def test_claims_hold_by_their_worst_figure() -> None:
-    def holds(pool: float, cpu: float, rate: float, mib: float) -> list[bool | None]:
-        floor = {"cpu_share": {"median": cpu}, "wall_share": {"median": 0.9}}
-        return [claim["holds"] for claim in claims(by_workers(pool, rate), floor, {"mib": mib})]
+    def holds(pool: float, cpu: float, gain: float, mib: float) -> list[bool | None]:
+        floor = {"cpu_share": {"median": cpu}, "wall_share": {"median": 0.9}, "gain": {"median": gain}}
+        return [claim["holds"] for claim in claims(by_workers(pool), floor, {"mib": mib})]
 
-    assert holds(41, 0.86, 190, 390) == [True, None, None, True, True, True, True]
-    assert holds(39, 0.84, 170, 410) == [False, None, None, False, True, False, False]
+    assert holds(41, 0.86, 1.9, 390) == [True, None, None, True, True, True, True]
+    assert holds(39, 0.84, 1.7, 410) == [False, None, None, False, True, False, False]
 
 
 def test_a_claim_without_a_figure_is_not_measured() -> None:
-    unknown = by_workers(41, 190)
-    unknown["2"]["rates"]["ours"]["steady_mb_s"] = None
     floor = {"cpu_share": None, "wall_share": {"median": 0.9}}
-    assert [claim["holds"] for claim in claims(unknown, floor, {"mib": 390})] == [True, None, None, None, True, True, None]
+    assert [claim["holds"] for claim in claims(by_workers(41), floor, {"mib": 390})] == [True, None, None, None, True, True, None]

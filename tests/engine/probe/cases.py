@@ -1,0 +1,135 @@
+"""Small models, optimizer states and references to probe, and what probes must give, by torch's own optimizer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from mates.engine.config import ModelConfig
+from mates.engine.pretrain.checkpoint import OptimizerState
+from mates.engine.pretrain.model import build_model, model_config
+from mates.engine.pretrain.shapes import resolve_shape
+from mates.engine.probe.methods import Estimate, Setting, make_setting
+from mates.engine.reference.batches import LabelBatch
+
+VOCAB, LENGTH, SAMPLES = 128, 32, 64
+BETAS, EPS, LR, STEPS = (0.9, 0.95), 1e-8, 1e-3, 7
+
+
+def make_model(family: str, tied: bool, dtype: torch.dtype) -> nn.Module:
+    config = ModelConfig(
+        family=family,  # type: ignore[arg-type]
+        hidden_size=32,
+        layers=2,
+        heads=4,
+        kv_heads=2 if family == "llama" else None,
+        max_positions=64,
+        tie_embeddings=tied,
+    )
+    return build_model(model_config(resolve_shape(config), VOCAB, 0), seed=0).to(dtype)
+
+
+def make_state(model: nn.Module, clip_norm: float) -> OptimizerState:
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    first = {name: torch.randn(value.shape, generator=generator).to(value.dtype) * 0.01 for name, value in weights.items()}
+    second = {name: torch.rand(value.shape, generator=generator).to(value.dtype) * 1e-4 for name, value in weights.items()}
+    decay = {name: 0.1 if value.ndim >= 2 else 0.0 for name, value in weights.items()}
+    return OptimizerState(weights, first, second, decay, STEPS, LR, *BETAS, EPS, clip_norm)
+
+
+def make_reference(seed: int = 2) -> LabelBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (12, 24), generator=generator)
+    positions = torch.arange(0, tokens.numel(), 5)
+    return LabelBatch(tokens, positions, torch.randint(0, VOCAB, (len(positions),), generator=generator), positions // 24)
+
+
+def samples() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(3))
+
+
+def loss_on(model: nn.Module, reference: LabelBatch) -> torch.Tensor:
+    logits = model(input_ids=reference.tokens).logits.flatten(0, 1)[reference.positions]
+    return nn.functional.cross_entropy(logits.double(), reference.targets)
+
+
+def reference_loss(model: nn.Module, reference: LabelBatch) -> float:
+    with torch.no_grad():
+        return float(loss_on(model, reference))
+
+
+def reference_gradient(model: nn.Module, reference: LabelBatch) -> dict[str, torch.Tensor]:
+    names = dict(model.named_parameters())
+    return dict(zip(names, torch.autograd.grad(loss_on(model, reference), list(names.values())), strict=True))
+
+
+def part(reference: LabelBatch, stop: int, start: int = 0) -> LabelBatch:
+    """Items ``start`` to ``stop``."""
+    kept = (reference.items >= start) & (reference.items < stop)
+    width = reference.tokens.shape[1]
+    positions = reference.positions[kept] - start * width
+    return LabelBatch(reference.tokens[start:stop], positions, reference.targets[kept], reference.items[kept])
+
+
+def literal_steps(model: nn.Module, state: OptimizerState, windows: torch.Tensor) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """For each sample: a copy of the model after one step of torch's own optimizer, and the clipped gradient that it took."""
+    for window in windows:
+        stepped = copy.deepcopy(model)
+        named = dict(stepped.named_parameters())
+        groups = [{"params": [parameter], "weight_decay": state.weight_decay[name]} for name, parameter in named.items()]
+        optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+        for name, parameter in named.items():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(STEPS)),
+                "exp_avg": state.exp_avg[name].clone(),
+                "exp_avg_sq": state.exp_avg_sq[name].clone(),
+            }
+        logits = stepped(input_ids=window[None, :-1]).logits[0]
+        nn.functional.cross_entropy(logits, window[1:]).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(stepped.parameters(), state.clip_norm)
+        optimizer.step()
+        yield stepped, {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+
+
+def brute_force(model: nn.Module, state: OptimizerState, reference: LabelBatch, windows: torch.Tensor) -> np.ndarray:
+    """Influences by copying the model, one step of torch's own optimizer, and evaluating again."""
+    before = reference_loss(model, reference)
+    return np.array([reference_loss(stepped, reference) - before for stepped, _ in literal_steps(model, state, windows)])
+
+
+def first_order(model: nn.Module, state: OptimizerState, gradient: dict[str, torch.Tensor], windows: torch.Tensor) -> np.ndarray:
+    """⟨gradient, θ' − θ⟩ with θ' by torch's own optimizer."""
+    before, values = dict(model.named_parameters()), []
+    for stepped, _ in literal_steps(model, state, windows):
+        after = dict(stepped.named_parameters())
+        values.append(sum(float((gradient[name] * (after[name] - before[name]).detach()).sum()) for name in before))
+    return np.array(values)
+
+
+def wide(state: OptimizerState) -> OptimizerState:
+    """The same numbers in fp64."""
+
+    def double(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.double() for name, value in values.items()}
+
+    return dataclasses.replace(state, weights=double(state.weights), exp_avg=double(state.exp_avg), exp_avg_sq=double(state.exp_avg_sq))
+
+
+def make(model: nn.Module, state: OptimizerState, references: Sequence[LabelBatch], *, generic: bool = False) -> Setting:
+    calibration = [samples()[:8], samples()[8:12]]
+    return make_setting(copy.deepcopy(model), state, [[reference] for reference in references], calibration, generic=generic)
+
+
+def scores(setting: Setting, estimate: Estimate, windows: torch.Tensor, size: int = 8) -> np.ndarray:
+    """[n, R], in batches of ``size``."""
+    rows = []
+    for some in torch.split(windows, size):
+        batch, _, factors = setting.run(some)
+        rows.append(estimate(batch, factors))
+    return torch.cat(rows).numpy()

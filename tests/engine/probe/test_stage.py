@@ -1,0 +1,168 @@
+"""The probe step on a checkpoint: its labels, its fidelity report, and what interruptions and ranks change (nothing)."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mates.engine.config import (
+    CorpusConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ProbeMethod,
+    Recipe,
+    ReferenceConfig,
+    TokenizerConfig,
+)
+from mates.engine.distributed import World
+from mates.engine.layout import layout_of
+from mates.engine.loop import DATA_VERBS
+from mates.engine.probe.prober import ESTIMATES
+from mates.engine.probe.stage import FIDELITY_FILE, LABELS_FILE, probe_stage, read_labels
+from mates.launchers.local import console_script, run_plain, step_environment
+from mates.launchers.verbs import data_step, stage_step, write_recipe
+from mates.preprocess import artifact
+
+ONE_THREAD_ONE_SAMPLE = ("--launch.threads", "1", "--probe.chunk_size", "1")
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run whose stage 0 is trained."""
+    run = tmp_path_factory.mktemp("probe") / "run"
+    recipe = Recipe(
+        run_dir=str(run),
+        methods=["mates"],
+        corpus=CorpusConfig(sample_bytes=1_500_000, pool_share=0.1, holdout_share=0.05),
+        tokenizer=TokenizerConfig(vocab_size=512, train_bytes=500_000),
+        reference=ReferenceConfig(items=24, test_items=8),
+        model=ModelConfig(hidden_size=32, layers=2, heads=2, max_positions=256),
+        pretrain=PretrainConfig(sequence_length=64, batch_size=8, micro_batch_size=8, stages=2, steps_per_stage=30, warmup_steps=4),
+        probe=ProbeConfig(samples=24, fidelity_samples=12, chunk_size=4, micro_batch_size=3, subset_items=6, calibration_samples=8),
+        evaluate=EvaluateConfig(decay_steps=2, holdout_samples=8),
+    )
+    for verb in DATA_VERBS:
+        data_step(verb, recipe)
+    stage_step("select", recipe, "shared", 0)
+    run.mkdir(exist_ok=True)
+    write_recipe(run / "test.yaml", recipe)
+    run_plain([console_script("mates"), "pretrain", "--recipe", str(run / "test.yaml"), "--method", "shared", "--stage", "0"], 1)
+    return recipe
+
+
+def probed(recipe: Recipe, **changes: object) -> tuple[Path, artifact.Manifest]:
+    """Labels made anew with other settings of the probe."""
+    recipe = replace(recipe, probe=replace(recipe.probe, **changes))  # type: ignore[arg-type]
+    directory = layout_of(recipe).labels("mates", 1)
+    shutil.rmtree(directory, ignore_errors=True)
+    return directory, probe_stage(recipe, ALONE, "mates", 1)
+
+
+@pytest.mark.parametrize("method", ["exact", *ESTIMATES])
+def test_labels_are_the_methods_influences(recipe: Recipe, method: ProbeMethod) -> None:
+    directory, manifest = probed(recipe, method=method)
+    table = pq.read_table(directory / LABELS_FILE)
+    assert set(table["method"].to_pylist()) == {method} == {manifest.info["method"]}
+    ids, values, _ = read_labels(directory, "last-word")
+    assert len(ids) == len(set(ids.tolist())) == 24
+    compared = pq.read_table(directory / FIDELITY_FILE).to_pydict()
+    own = dict(zip(ids.tolist(), values.tolist(), strict=True))
+    both = [(own[number], compared[f"{method}.last-word"][row]) for row, number in enumerate(compared["sample_id"])]
+    assert len(both) == 12
+    labels, again = np.array(both).T
+    # micro-batches lie otherwise in the comparison's chunks: fp32 noise, in units of the scores' SD
+    assert np.abs(labels - again).max() <= (1e-3 if method in ("exact", "corrected") else 1e-4) * labels.std()
+    assert not list(directory.glob("*/part-*"))
+    artifact.verify(directory, "labels")
+
+
+def test_the_report_says_how_faithful_each_method_is(recipe: Recipe) -> None:
+    _, manifest = probed(recipe, method="linear")
+    report = manifest.info["fidelity"]
+    assert set(report["methods"]) == {*ESTIMATES, "sgd"}
+    assert report["samples"] == 12
+    for method in ESTIMATES:
+        found = report["methods"][method]["last-word"]["spearman"]
+        assert -1 <= found["low"] <= found["value"] <= found["high"] <= 1
+    assert report["methods"]["corrected"]["last-word"]["spearman"]["value"] > 0.9
+
+
+def test_auto_takes_what_is_faithful_enough(recipe: Recipe) -> None:
+    for least in (1e-6, 0.9, 1.0):
+        info = probed(recipe, method="auto", min_fidelity=least)[1].info
+        lows = {method: info["fidelity"]["methods"][method]["last-word"]["spearman"]["low"] for method in ESTIMATES}
+        assert info["method"] == next((method for method in ESTIMATES if lows[method] >= least), "exact")
+
+
+def test_nothing_is_compared_when_that_is_asked(recipe: Recipe) -> None:
+    directory, manifest = probed(recipe, method="frozen", fidelity_samples=0)
+    assert "fidelity" not in manifest.info
+    assert not (directory / FIDELITY_FILE).exists()
+
+
+def test_ranks_change_no_bit(recipe: Recipe) -> None:
+    directory, _ = probed(recipe, method="linear")
+    expected = {name: (directory / name).read_bytes() for name in (LABELS_FILE, FIDELITY_FILE)}
+    shutil.rmtree(directory)
+    run_plain(command(recipe), 2)
+    # one thread a rank against all of them in this process would add in another order
+    by_two = {name: pq.read_table(directory / name) for name in expected}
+    shutil.rmtree(directory)
+    run_plain([*command(recipe), "--launch.threads", "1"], 1)
+    for name, table in by_two.items():
+        assert pq.read_table(directory / name).equals(table), name
+
+
+def command(recipe: Recipe) -> list[str]:
+    return [
+        console_script("mates"),
+        "probe",
+        "--recipe",
+        f"{recipe.run_dir}/test.yaml",
+        "--method",
+        "mates",
+        "--stage",
+        "1",
+        "--probe.method",
+        "linear",
+    ]
+
+
+def killed(recipe: Recipe, times: int) -> None:
+    """Probe with this many SIGKILLs, each a moment after some chunk was done."""
+    source = random.Random(0)
+    directory = layout_of(recipe).labels("mates", 1)
+    for _ in range(times):
+        before = len(list(directory.glob("*/part-*")))
+        process = subprocess.Popen([*command(recipe), *ONE_THREAD_ONE_SAMPLE], env=step_environment(1), stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(directory.glob("*/part-*"))) == before:
+            time.sleep(0.005)
+        time.sleep(source.random() * 0.05)
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1_800)])])
+def test_a_killed_run_ends_with_the_labels_of_an_undisturbed_one(recipe: Recipe, times: int) -> None:
+    directory = layout_of(recipe).labels("mates", 1)
+    shutil.rmtree(directory, ignore_errors=True)
+    alone = [*command(recipe), *ONE_THREAD_ONE_SAMPLE]
+    run_plain(alone, 1)
+    expected = {name: pq.read_table(directory / name) for name in (LABELS_FILE, FIDELITY_FILE)}
+    shutil.rmtree(directory)
+    killed(recipe, times)
+    run_plain(alone, 1)
+    for name, table in expected.items():
+        assert pq.read_table(directory / name).equals(table), name
