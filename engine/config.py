@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 SAMPLE = "sample"  # the word in place of a path that asks for the embedded corpus or its reference task
 
 Method = Literal["random", "mates", "mates-topk"]
 ProbeMethod = Literal["exact", "linear", "centred", "frozen", "corrected"]
+TaskFormat = Literal["lambada", "arc", "boolq", "copa", "hellaswag", "logiqa", "openbookqa", "piqa", "sciq", "winogrande"]
 
 
 OWNED_BY_RECIPE = {
@@ -125,28 +126,78 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """A further reference task, all of it to be probed on: no half of it is held out."""
+
+    name: str
+    """The task's name: the suffix of its label columns and the name of its folder."""
+    format: TaskFormat
+    """Form of the file's lines, and with it the prompt: that of the evaluation task of this name."""
+    source: str
+    """A JSON-lines file (plain, .gz or .zst) of items with their answers; a training split, since the data is chosen by it."""
+    items: int
+    """Items drawn from the file; the probe's cost is proportional to it."""
+    weight: float = 1.0
+    """Weight of this task where influences on several are joined into one; 0 measures it and leaves it out."""
+
+    def __post_init__(self) -> None:
+        require_task_name("reference.more.name", self.name)
+        require(self.items >= 2, f"reference.more ({self.name}).items", self.items, "at least 2 items")
+        require(0 <= self.weight < math.inf, f"reference.more ({self.name}).weight", self.weight, "0 or more")
+
+
+def require_task_name(field_name: str, name: str) -> None:
+    """Raise RecipeError unless ``name`` can name a task: it becomes part of column names and paths."""
+    require(name.replace("-", "").replace("_", "").isalnum(), field_name, name, "letters, digits, '-' and '_' only")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The task whose loss says whether a sample helped."""
+    """The task, or tasks, whose loss says whether a sample helped."""
 
     source: str = SAMPLE
-    """A JSON-lines file of passages in LAMBADA's form (field ``text``; the last word is to be predicted); ``sample`` stands for the
-    task made from held-out prose of the embedded corpus."""
+    """A JSON-lines file (plain, .gz or .zst) of passages in LAMBADA's form (field ``text``; the last word is to be predicted) or of
+    items in another ``format``; ``sample`` stands for the task made from held-out prose of the embedded corpus."""
+    format: TaskFormat = "lambada"
+    """Form of the file's lines, and with it the prompt: that of the evaluation task of this name."""
     name: str = "last-word"
     """The task's name: it becomes the suffix of label columns (``influence_nats.NAME``)."""
     items: int = 128
     """Passages in the reference set, drawn from the train half; the probe's cost is proportional to it."""
     test_items: int = 512
     """Passages in the held-out test set, drawn from the other half (fewer where there are fewer)."""
+    weight: float = 1.0
+    """Weight of this task where influences on several are joined into one; 0 measures it and leaves it out."""
+    more: list[TaskConfig] = field(default_factory=list)
+    """Further tasks that are probed at the same steps, each into columns of its own."""
+    avoid: list[str] = field(default_factory=list)
+    """Evaluation files, each as FORMAT:PATH (``arc:arc/test.jsonl.gz``). Items of any reference that share 13 words in a row with
+    theirs, prompt included, are left out; shorter items where all words are equal."""
 
     def __post_init__(self) -> None:
         require(self.items >= 2, "reference.items", self.items, "at least 2 passages")
         require(self.test_items >= 2, "reference.test_items", self.test_items, "at least 2 passages")
-        require(
-            self.name.replace("-", "").replace("_", "").isalnum(),
-            "reference.name",
-            self.name,
-            "letters, digits, '-' and '_' only",
-        )
+        require_task_name("reference.name", self.name)
+        is_passages = self.source != SAMPLE or self.format == "lambada"
+        require(is_passages, "reference.format", self.format, "lambada, the form of the sample's passages")
+        names = [self.name, *(task.name for task in self.more)]
+        require(len(set(names)) == len(names), "reference.more", names, "different names, and others than reference.name")
+        require(0 <= self.weight < math.inf, "reference.weight", self.weight, "0 or more")
+        weights = [self.weight, *(task.weight for task in self.more)]
+        require(sum(weights) > 0, "reference.weight", weights, "a weight above 0 for at least one task")
+        for entry in self.avoid:
+            form, _, path = entry.partition(":")
+            require(
+                form in get_args(TaskFormat) and path != "",
+                "reference.avoid",
+                entry,
+                f"FORMAT:PATH with one of the formats {', '.join(get_args(TaskFormat))}",
+            )
+
+    def avoided(self) -> list[tuple[TaskFormat, Path]]:
+        """Format and path of each evaluation file of ``avoid``."""
+        parts = [entry.partition(":") for entry in self.avoid]
+        return [(cast(TaskFormat, form), Path(path)) for form, _, path in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +332,8 @@ class ProbeConfig:
     precision: Literal["fp32", "fp64"] = "fp32"
     """Arithmetic of the probe."""
     fidelity_samples: int = 32
-    """Samples on which every method is compared with exact influences, at every checkpoint; 0 compares nothing."""
+    """Samples on which every method is compared with exact influences, at every checkpoint (of ``samples``, so no more than those); 0
+    compares nothing."""
     min_fidelity: float = 0.95
     """Spearman's correlation with exact influences that ``auto`` asks of a method: the lower end of its 95% interval."""
     subset_items: int = 16
@@ -302,10 +354,10 @@ class ProbeConfig:
         for name in ("reference_batch_tokens", "chunk_size", "subset_items", "calibration_samples", "micro_batch_size"):
             require(getattr(self, name) >= 1, f"probe.{name}", getattr(self, name), "at least 1")
         require(
-            self.fidelity_samples == 0 or 8 <= self.fidelity_samples <= self.samples,
+            self.fidelity_samples == 0 or self.fidelity_samples >= 8,
             "probe.fidelity_samples",
             self.fidelity_samples,
-            f"0, or 8 to probe.samples = {self.samples}",
+            "0, or at least 8",
         )
         require(
             self.method != "auto" or self.fidelity_samples > 0,
@@ -465,7 +517,7 @@ class Recipe:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer of the language model."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    """Reference task."""
+    """Reference tasks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Language model."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

@@ -97,7 +97,7 @@ def _contents(directory: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{reference.items} items, {np.diff(reference.offsets).mean():.1f} tokens each"
     elif manifest.kind == "labels":
         for name in manifest.info["references"]:
-            _, values, _ = read_labels(directory, name)
+            _, values, _ = read_labels(directory, {name: 1.0})
             quartiles = ", ".join(f"{value:+.2e}" for value in np.percentile(values, [25, 50, 75]))
             yield f"{name}: {len(values)} influences, quartiles {quartiles} nats"
     elif manifest.kind == "scores":

@@ -35,6 +35,10 @@ class Layout:
         """Reference artifact: train (what probes measure) or test (what evaluation reports)."""
         return self.data / "reference" / half
 
+    def further_reference(self, name: str) -> Path:
+        """Reference artifact of one of the recipe's further tasks."""
+        return self.data / "reference" / "more" / name
+
     def stage(self, method: str, stage: int) -> Path:
         """Folder of one stage of one method; stage 0 is shared by all methods."""
         return self.root / (SHARED if stage == 0 else method) / f"stage{stage}"

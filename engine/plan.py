@@ -122,6 +122,11 @@ def _reference(recipe: Recipe, half: str, items: int) -> tuple[int, int, int]:
     return items, items * REFERENCE_TOKENS_PER_ITEM, 2 * items
 
 
+def _probed_references(recipe: Recipe) -> list[tuple[int, int, int]]:
+    more = [(task.items, task.items * REFERENCE_TOKENS_PER_ITEM, 2 * task.items) for task in recipe.reference.more]
+    return [_reference(recipe, "train", recipe.reference.items), *more]
+
+
 def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str) -> dict[str, float]:
     config, length = recipe.pretrain, recipe.pretrain.sequence_length
     per_stage = decoder_training(shape, rows, tokens=config.steps_per_stage * config.tokens_per_step, length=length)
@@ -133,7 +138,7 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     test = _reference(recipe, "test", recipe.reference.test_items)
     return {
         "pretrain": config.stages * per_stage,
-        "probe": len(chosen) * probe_flops(recipe, vocab, _reference(recipe, "train", recipe.reference.items), recipe.probe.samples),
+        "probe": len(chosen) * probe_flops(recipe, vocab, _probed_references(recipe), recipe.probe.samples),
         "fit": len(chosen) * encoder.forward(tokens=passes * recipe.probe.samples * read, length=chunk),
         "score": sum(encoder.forward(tokens=block_sizes(recipe)[stage] * read, length=chunk) for stage in chosen),
         "evaluate": config.stages * evaluation_flops(recipe, vocab, recipe.evaluate.holdout_samples, test),

@@ -296,8 +296,12 @@ def check_paths(recipe: Recipe) -> None:
     from mates.preprocess.tokenizer import load_tokenizer, looks_like_path
 
     find_inputs([item for item in recipe.corpus.inputs if item != SAMPLE])
-    source = recipe.reference.source
-    require(source == SAMPLE or Path(source).is_file(), "reference.source", source, "a file that is there")
+    reference = recipe.reference
+    sources = [] if reference.source == SAMPLE else [("reference.source", Path(reference.source))]
+    sources += [(f"reference.more ({task.name}).source", Path(task.source)) for task in reference.more]
+    sources += [("reference.avoid", path) for _, path in reference.avoided()]
+    for name, path in sources:
+        require(path.is_file(), name, str(path), "a file that is there")
     if recipe.tokenizer.path is not None and looks_like_path(recipe.tokenizer.path):
         load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document, recipe.corpus.special_token_text)
     encoder = recipe.fit.encoder
@@ -406,7 +410,7 @@ VERBS: dict[str, Verb] = {
     "sample-corpus": Verb("write the embedded corpus of real English and its reference task", _sample_corpus),
     "tokenizer": _data_verb("tokenizer", "take or train the tokenizer"),
     "preprocess": Verb("tokenize documents into memory-mapped indexed corpora", _preprocess),
-    "reference": _data_verb("reference", "pack the reference task into tokens and labels"),
+    "reference": _data_verb("reference", "pack the reference tasks into tokens and labels"),
     "pretrain": _stage_verb("pretrain", "train one stage on its selection index"),
     "probe": _stage_verb("probe", "measure oracle influences on the checkpoint before a stage"),
     "fit": _stage_verb("fit", "fit the influence model of a stage to its oracle influences"),

@@ -10,7 +10,7 @@ from mates.engine.config import SAMPLE, Recipe
 from mates.engine.layout import layout_of
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.progress import Progress, say
-from mates.engine.reference.task import Half, make_reference
+from mates.engine.reference.make import make_further_reference, make_reference
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Manifest
 from mates.preprocess.corpus import CorpusSettings, SplitShares, make_corpora, texts_of
@@ -136,22 +136,47 @@ def _say_corpora(done: dict[str, Manifest], directory: Path) -> None:
         say(f"preprocess: WARNING: {len(damaged)} damaged files were read up to the damage and no further: {first}{more}")
 
 
-def reference_step(recipe: Recipe) -> dict[Half, Manifest]:
-    """Pack the reference task's two halves."""
+def reference_step(recipe: Recipe) -> list[Manifest]:
+    """Pack the reference task's two halves, and the further tasks."""
     layout, config = layout_of(recipe), recipe.reference
     sources = [layout.sample_corpus / name for name in SAMPLE_REFERENCE] if config.source == SAMPLE else [Path(config.source)]
-    done = make_reference(
+    halves = make_reference(
         layout.reference("train").parent,
         sources=sources,
         name=config.name,
+        form=config.format,
         items={"train": config.items, "test": config.test_items},
         tokenizer_dir=layout.tokenizer,
         max_tokens=resolve_shape(recipe.model).max_positions,
         seed=recipe.corpus.split_seed,
+        avoid=config.avoided(),
     )
-    for half, manifest in done.items():
-        say(
-            f"reference: {half} half with {manifest.info['items']:,} items, {manifest.info['tokens']:,} tokens, "
-            f"{manifest.info['label_tokens']:,} of them labels"
+    further = {
+        task.name: make_further_reference(
+            layout.further_reference(task.name),
+            source=Path(task.source),
+            name=task.name,
+            form=task.format,
+            items=task.items,
+            tokenizer_dir=layout.tokenizer,
+            max_tokens=resolve_shape(recipe.model).max_positions,
+            seed=recipe.corpus.split_seed,
+            avoid=config.avoided(),
         )
-    return done
+        for task in config.more
+    }
+    _say_references({f"{half} half": manifest for half, manifest in halves.items()} | further)
+    if config.avoid:
+        _say_dropped({config.name: halves["train"]} | further)
+    return [*halves.values(), *further.values()]
+
+
+def _say_references(done: dict[str, Manifest]) -> None:
+    for title, manifest in done.items():
+        info = manifest.info
+        say(f"reference: {title} with {info['items']:,} items, {info['tokens']:,} tokens, {info['label_tokens']:,} of them labels")
+
+
+def _say_dropped(probed: dict[str, Manifest]) -> None:
+    dropped = ", ".join(f"{manifest.info['dropped_for_overlap']:,} of {name}" for name, manifest in probed.items())
+    say(f"reference: left out for overlap with reference.avoid: {dropped}")

@@ -19,7 +19,7 @@ from mates.engine.influence.score import read_scores
 from mates.engine.layout import SHARED, layout_of
 from mates.engine.ledger import Ledger, cumulative_flops
 from mates.engine.pretrain import checkpoint
-from mates.engine.probe.stage import read_labels
+from mates.engine.probe.stage import label_weights, read_labels
 from mates.engine.select.stage import needs_scores
 from mates.preprocess import artifact
 from mates.preprocess.metadata import document_rows
@@ -193,7 +193,7 @@ def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
 
 def _probes(recipe: Recipe, method: str, stage: int) -> Probes:
     layout = layout_of(recipe)
-    ids, nats, _ = read_labels(layout.labels(method, stage), recipe.reference.name)
+    ids, nats, _ = read_labels(layout.labels(method, stage), label_weights(recipe))
     order = np.lexsort((ids, nats))
     count = min(EXAMPLES, len(ids) // 2)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)

@@ -22,7 +22,7 @@ from mates.engine.distributed import World
 from mates.engine.influence.encoder import InfluenceEncoder, encoder_inputs, load_encoder, new_encoder
 from mates.engine.influence.inputs import EncoderBatch, EncoderInputs, Retokenized
 from mates.engine.layout import layout_of
-from mates.engine.probe.stage import read_labels
+from mates.engine.probe.stage import label_weights, read_labels
 from mates.engine.progress import Progress, say
 from mates.engine.random import KeyedPermutation, key_of, uniform
 from mates.preprocess import artifact
@@ -77,7 +77,7 @@ def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
     }
     if parent is not None:
         inputs["parent"] = artifact.load(parent, "influence model").fingerprint
-    settings = asdict(recipe.fit) | {"stage": stage, "seed": recipe.seed}
+    settings = asdict(recipe.fit) | {"stage": stage, "seed": recipe.seed, "label_weights": label_weights(recipe)}
     return Request(directory=layout.influence_model(method, stage), kind="influence model", settings=settings, inputs=inputs)
 
 
@@ -89,7 +89,7 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
         return done
     start = time.perf_counter()
     layout, config, parent = layout_of(recipe), recipe.fit, _parent(recipe, method, stage)
-    ids, values, labels = read_labels(layout.labels(method, stage), recipe.reference.name)
+    ids, values, labels = read_labels(layout.labels(method, stage), label_weights(recipe))
     tokenizer, _ = open_tokenizer(layout.tokenizer)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
     reader = encoder_inputs(config, tokenizer, tokenizer.vocab_size)

@@ -30,7 +30,7 @@ from mates.engine.probe.prober import ESTIMATES, Probed, Prober
 from mates.engine.progress import say
 from mates.engine.random import KeyedPermutation
 from mates.engine.reference.batches import label_batches
-from mates.engine.reference.task import Reference, open_reference
+from mates.engine.reference.task import Reference, open_references, reference_folders
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 
@@ -55,26 +55,23 @@ def probed_samples(recipe: Recipe, pool_samples: int, stage: int) -> npt.NDArray
 
 
 def probe_flops(
-    recipe: Recipe, vocab_size: int, reference: Reference | tuple[int, int, int], samples: int, method: str | None = None
+    recipe: Recipe, vocab_size: int, references: Sequence[tuple[int, int, int]], samples: int, method: str | None = None
 ) -> float:
     """FLOPs of probing: each sample by its method, the samples that are compared by all of them, what the methods need beforehand, and
     the decay branch where its end is probed.
 
     Args:
         recipe: the recipe. vocab_size: entries of the tokenizer's vocabulary.
-        reference: one, or (items, tokens, label tokens) of one that does not exist yet.
+        references: items, tokens and label tokens of each.
         samples: how many are probed. method: what ``auto`` came to; ``linear`` where that is not known yet.
     """
-    items, tokens, labels = (
-        reference
-        if isinstance(reference, tuple)
-        else (reference.items, len(reference.tokens), int(reference.manifest.info["label_tokens"]))
-    )
     probe, length = recipe.probe, recipe.pretrain.sequence_length
     shape, rows = resolve_shape(recipe.model), padded_vocabulary(vocab_size, recipe.model.vocab_multiple)
     step = decoder_training(shape, rows, tokens=length, length=length)
-    forward = decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
-    part = forward * min(1.0, probe.subset_items / items)
+    forward = part = 0.0
+    for items, tokens, labels in references:
+        one = decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
+        forward, part = forward + one, part + one * min(1.0, probe.subset_items / items)
     pass_ = 2 * shape.matmul_parameters(rows) * length  # the gradients' norms, or the dots
     each = {
         "exact": step + forward,
@@ -92,9 +89,16 @@ def probe_flops(
         "frozen": means + gradient,
         "corrected": gradient + 3 * part + part,
     }
-    compared = probe.fidelity_samples * sum(each.values()) + sum(before.values()) if probe.fidelity_samples else before[method]
+    compared = (
+        min(probe.fidelity_samples, samples) * sum(each.values()) + sum(before.values()) if probe.fidelity_samples else before[method]
+    )
     branch = recipe.evaluate.decay_steps * recipe.pretrain.batch_size * step if probe.after_decay else 0.0
     return samples * each[method] + compared + branch
+
+
+def sizes_of(reference: Reference) -> tuple[int, int, int]:
+    """Items, tokens and label tokens."""
+    return reference.items, len(reference.tokens), int(reference.manifest.info["label_tokens"])
 
 
 def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -106,12 +110,13 @@ def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
         "sequence_length": recipe.pretrain.sequence_length,
     }
     settings.pop("chunk_size")
-    reference = artifact.load(layout.reference("train"), "reference")
     inputs = {
         "checkpoint": artifact.load(layout.probed(method, stage, after_decay=recipe.probe.after_decay)).fingerprint,
         "pool": artifact.load(layout.corpus("pool"), "corpus").fingerprint,
-        f"reference.{reference.settings['name']}": reference.fingerprint,
     }
+    for folder in reference_folders(recipe):
+        reference = artifact.load(folder, "reference")
+        inputs[f"reference.{reference.settings['name']}"] = reference.fingerprint
     return Request(directory=layout.labels(method, stage), kind="labels", settings=settings, inputs=inputs)
 
 
@@ -125,7 +130,7 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     layout = layout_of(recipe)
     parent = layout.probed(method, stage, after_decay=recipe.probe.after_decay)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
-    references = [open_reference(layout.reference("train"))]
+    references = open_references(recipe)
     ids = probed_samples(recipe, pool.samples, stage)
     job = _Job(
         recipe=recipe,
@@ -142,7 +147,7 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     seconds = job.run("parts", np.sort(ids), [by])
     branch = artifact.load(parent).info["branch"]["seconds"] if recipe.probe.after_decay else 0.0
     cost = Cost(
-        flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], references[0], len(ids), by),
+        flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], [sizes_of(one) for one in references], len(ids), by),
         seconds=seconds + branch,
         tokens=len(ids) * recipe.pretrain.sequence_length,
     )
@@ -324,14 +329,23 @@ def _lines(found: Mapping[str, Sequence[Fidelity]], oracle: Sequence[Interval], 
             yield f"probe:   {method.ljust(9)} {shown}"
 
 
-def read_labels(directory: Path, reference_name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], Manifest]:
-    """Sample ids [n] and oracle influences in nats [n] of a labels artifact. ArtifactError for a damaged one."""
+def label_weights(recipe: Recipe) -> dict[str, float]:
+    """Weights by which influences on the recipe's reference tasks become one label; tasks that are only measured are left out."""
+    weights = {recipe.reference.name: recipe.reference.weight} | {task.name: task.weight for task in recipe.reference.more}
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+def read_labels(directory: Path, weights: Mapping[str, float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], Manifest]:
+    """Sample ids [n] and oracle influences in nats [n] of a labels artifact: the weighted mean over these reference tasks.
+
+    Raises:
+        ArtifactError: a damaged one, or without one of the tasks.
+    """
     manifest = artifact.load(directory, "labels")
     try:
         table = pq.read_table(directory / LABELS_FILE)
-        ids, values = table["sample_id"].to_numpy(), table[influence_column(reference_name)].to_numpy()
+        ids, values = table["sample_id"].to_numpy(), [table[influence_column(name)].to_numpy() for name in weights]
     except (pa.ArrowInvalid, KeyError) as error:
-        raise ArtifactError(
-            f"{directory / LABELS_FILE}: {error}; expected columns sample_id and {influence_column(reference_name)}"
-        ) from error
-    return ids, values, manifest
+        columns = ", ".join(map(influence_column, weights))
+        raise ArtifactError(f"{directory / LABELS_FILE}: {error}; expected columns sample_id and {columns}") from error
+    return ids, np.average(values, axis=0, weights=list(weights.values())), manifest

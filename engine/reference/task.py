@@ -1,28 +1,27 @@
-"""Last-word prediction tasks (LAMBADA's form) as packed tokens with labels.
+"""A reference task: passages with a target, and the packed tokens and labels that they become.
 
-Passages go to the train half (the reference that probes measure) or the test half (held out for evaluation) by a hash of their text,
-or by their own ``split`` field where they have one. Test passages that share a 13-gram with the reference are dropped.
+Passages of the main task go to the train half (the reference that probes measure) or the test half (held out for evaluation) by a hash
+of their text, or by their own ``split`` field where they have one. Test passages that share a 13-gram with the reference are dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from mates.engine.config import Recipe
 from mates.engine.data.index import load_array
+from mates.engine.layout import layout_of
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError, Cost, Manifest
-from mates.preprocess.readers import InputError
-from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
+from mates.preprocess.artifact import ArtifactError, Manifest
+from mates.preprocess.tokenizer import Tokenizer
 
 Half = Literal["train", "test"]
 IGNORED = -100  # label of positions that carry no loss, PyTorch's default ignore_index
@@ -64,39 +63,8 @@ class Reference:
         return len(self.offsets) - 1
 
 
-def read_passages(path: Path, seed: int) -> list[Passage]:
-    """Read a JSON-lines file of passages; its last word is the target.
-
-    Raises:
-        InputError: no such file, a line that is not an object with a ``text``, or a passage of one word.
-    """
-    if not path.is_file():
-        raise InputError(f"reference.source: {path}: no such file")
-    passages, seen = [], set()
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # str.splitlines would also split at U+2028 inside a text
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["text"].strip()
-            text.encode()  # a lone surrogate could not be hashed or tokenized
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            found = line[:80].decode(errors="replace")
-            raise InputError(f"{path}:{number}: expected a JSON object with a 'text' of words, found {found!r}") from error
-        context, _, word = text.rpartition(" ")
-        if not context.strip():
-            raise InputError(f"{path}:{number}: a passage needs at least two words, found {text!r}")
-        if text not in seen:
-            seen.add(text)
-            passages.append(Passage(context, " " + word, _half_of(row.get("split"), text, seed, path, number)))
-    return passages
-
-
-def _half_of(split: object, text: str, seed: int, path: Path, number: int) -> Half:
-    if split == "train" or split == "test":
-        return split
-    if split is not None:
-        raise InputError(f"{path}:{number}: split {split!r}, expected 'train' or 'test' (or none)")
+def half_of(text: str, seed: int) -> Half:
+    """The half that a text belongs to, by its keyed hash."""
     return "train" if _hash(text, seed, b"mates-half") & 1 else "test"
 
 
@@ -148,83 +116,6 @@ def pack(
     )
 
 
-def make_reference(
-    directory: Path,
-    *,
-    sources: list[Path],
-    name: str,
-    items: dict[Half, int],
-    tokenizer_dir: Path,
-    max_tokens: int,
-    seed: int,
-) -> dict[Half, Manifest]:
-    """Write the reference artifacts ``directory``/train and ``directory``/test.
-
-    Raises:
-        InputError: too few passages, or a bad line. ArtifactMismatchError: others stand there.
-    """
-    tokenizer, tokenizer_manifest = open_tokenizer(tokenizer_dir)
-    for source in sources:
-        if not source.is_file():
-            raise InputError(f"reference.source: {source}: no such file")
-    hashes = artifact.fingerprint_of([artifact.digest_of(source) for source in sources])
-    inputs = {"tokenizer": tokenizer_manifest.fingerprint, "source": hashes}
-    settings = {
-        "name": name,
-        "items": items["train"],
-        "test_items": items["test"],
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
-    halves: tuple[Half, Half] = ("train", "test")
-    found = {
-        half: artifact.find_complete(directory / half, kind="reference", settings=settings | {"half": half}, inputs=inputs)
-        for half in halves
-    }
-    complete = {half: manifest for half, manifest in found.items() if manifest}
-    if len(complete) == 2:
-        return complete
-    start = time.perf_counter()
-    for half in complete:
-        artifact.unmake(directory / half)
-    unique: dict[str, Passage] = {}
-    for passage in (passage for source in sources for passage in read_passages(source, seed)):
-        unique.setdefault(passage.text, passage)  # sources may share passages
-    passages = list(unique.values())
-    reference = choose(passages, "train", items["train"], seed)
-    if len(reference) < items["train"]:
-        raise InputError(f"{sources[0]}: {len(reference)} passages in the train half, reference.items asks for {items['train']}")
-    held_out, overlapping = drop_overlapping([passage for passage in passages if passage.half == "test"], reference)
-    test = choose(held_out, "test", items["test"], seed)
-    if len(test) < 2:
-        raise InputError(f"{sources[0]}: {len(test)} passages left in the test half, at least 2 are needed")
-    result: dict[Half, Manifest] = {}
-    chosen_of: dict[Half, list[Passage]] = {"train": reference, "test": test}
-    for half, chosen in chosen_of.items():
-        tokens, labels, offsets = pack(chosen, tokenizer, max_tokens)
-        arrays: dict[str, npt.NDArray[Any]] = {"tokens": tokens, "labels": labels, "offsets": offsets}
-        for array_name, values in arrays.items():
-            with artifact.atomic_file(directory / half / f"{array_name}.npy") as handle:
-                np.save(handle, values, allow_pickle=False)
-        info: dict[str, Any] = {
-            "items": len(chosen),
-            "tokens": len(tokens),
-            "label_tokens": int(np.count_nonzero(labels != IGNORED)),
-            "dropped_for_overlap": overlapping if half == "test" else 0,
-        }
-        result[half] = artifact.commit(
-            directory / half,
-            kind="reference",
-            settings=settings | {"half": half},
-            inputs=inputs,
-            info=info,
-            cost=Cost(seconds=time.perf_counter() - start, tokens=info["tokens"]),
-            files=["tokens.npy", "labels.npy", "offsets.npy"],
-        )
-        start = time.perf_counter()
-    return result
-
-
 def open_reference(directory: Path) -> Reference:
     """Open a reference artifact. ArtifactError where its arrays contradict each other."""
     manifest = artifact.load(directory, "reference")
@@ -238,3 +129,19 @@ def open_reference(directory: Path) -> Reference:
             "do not belong together"
         )
     return Reference(manifest.settings["name"], manifest, tokens, labels, offsets)
+
+
+def reference_folders(recipe: Recipe) -> list[Path]:
+    """Folders of the references that a recipe probes on, the main one first."""
+    layout = layout_of(recipe)
+    return [layout.reference("train"), *(layout.further_reference(task.name) for task in recipe.reference.more)]
+
+
+def open_references(recipe: Recipe) -> list[Reference]:
+    """The references that a recipe probes on, in the order of :func:`reference_folders`."""
+    return [open_reference(folder) for folder in reference_folders(recipe)]
+
+
+def reference_weights(recipe: Recipe) -> list[float]:
+    """Weights of the references in the same order, as the recipe says them: their sum is above 0, not 1."""
+    return [recipe.reference.weight, *(task.weight for task in recipe.reference.more)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -23,13 +24,14 @@ from mates.engine.config import (
     ProbeMethod,
     Recipe,
     ReferenceConfig,
+    TaskConfig,
     TokenizerConfig,
 )
 from mates.engine.distributed import World
 from mates.engine.layout import layout_of
 from mates.engine.loop import DATA_VERBS
 from mates.engine.probe.prober import ESTIMATES
-from mates.engine.probe.stage import FIDELITY_FILE, LABELS_FILE, probe_stage, read_labels
+from mates.engine.probe.stage import FIDELITY_FILE, LABELS_FILE, influence_column, label_weights, probe_stage, read_labels
 from mates.launchers.local import console_script, run_plain, step_environment
 from mates.launchers.verbs import data_step, stage_step, write_recipe
 from mates.preprocess import artifact
@@ -75,7 +77,7 @@ def test_labels_are_the_methods_influences(recipe: Recipe, method: ProbeMethod) 
     directory, manifest = probed(recipe, method=method)
     table = pq.read_table(directory / LABELS_FILE)
     assert set(table["method"].to_pylist()) == {method} == {manifest.info["method"]}
-    ids, values, _ = read_labels(directory, "last-word")
+    ids, values, _ = read_labels(directory, {"last-word": 1.0})
     assert len(ids) == len(set(ids.tolist())) == 24
     compared = pq.read_table(directory / FIDELITY_FILE).to_pydict()
     own = dict(zip(ids.tolist(), values.tolist(), strict=True))
@@ -110,6 +112,28 @@ def test_nothing_is_compared_when_that_is_asked(recipe: Recipe) -> None:
     directory, manifest = probed(recipe, method="frozen", fidelity_samples=0)
     assert "fidelity" not in manifest.info
     assert not (directory / FIDELITY_FILE).exists()
+
+
+def test_several_references_are_columns_and_one_label(recipe: Recipe, tmp_path: Path) -> None:
+    directory, alone = probed(recipe, method="linear")
+    name = influence_column("last-word")
+    single = pq.read_table(directory / LABELS_FILE)[name].to_numpy()
+    source = tmp_path / "more.jsonl"
+    source.write_text("".join(json.dumps({"text": f"the {word} of the people and the {word} of the king"}) + "\n" for word in "abcdef"))
+    more = [TaskConfig(name="king", format="lambada", source=str(source), items=4, weight=3.0)]
+    both = replace(recipe, reference=replace(recipe.reference, more=more))
+    data_step("reference", both)
+    directory, manifest = probed(both, method="linear")
+    table = pq.read_table(directory / LABELS_FILE)
+    assert manifest.info["references"] == ["last-word", "king"]
+    assert np.abs(table[name].to_numpy() - single).max() <= 1e-5 * single.std()
+    king = table[influence_column("king")].to_numpy()
+    assert king.std() > 0
+    _, values, _ = read_labels(directory, label_weights(both))
+    assert values == pytest.approx((table[name].to_numpy() + 3 * king) / 4, rel=1e-12)
+    assert set(manifest.info["fidelity"]["methods"]["linear"]) == {"last-word", "king"}
+    shutil.rmtree(directory)
+    assert alone.inputs.items() < manifest.inputs.items()
 
 
 def test_ranks_change_no_bit(recipe: Recipe) -> None:

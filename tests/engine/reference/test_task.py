@@ -1,4 +1,4 @@
-"""Reference tasks: halves, contamination, packing as lm_eval counts tokens, and batches."""
+"""Reference tasks: halves, held-out overlap, packing as lm_eval counts tokens, and batches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mates.engine.reference.batches import label_batches
+from mates.engine.reference.formats import read_passages
 from mates.engine.reference.task import (
     IGNORED,
     Half,
@@ -26,15 +27,12 @@ from mates.engine.reference.task import (
     Reference,
     choose,
     drop_overlapping,
-    make_reference,
     ngrams,
     open_reference,
     pack,
-    read_passages,
 )
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Manifest
-from mates.preprocess.readers import InputError
+from mates.preprocess.artifact import ArtifactError, Manifest
 from mates.preprocess.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 CPU = torch.device("cpu")
@@ -47,87 +45,6 @@ def write_lines(path: Path, rows: Sequence[Row | str]) -> Path:
         encoding="utf-8",
     )
     return path
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-def test_the_last_word_is_the_target(tmp_path: Path) -> None:
-    rows = [
-        {"text": "one two three", "split": "train"},
-        {"text": "  four  five \n", "split": "test"},
-        {"text": "a line\nand another", "split": "test", "domain": "x"},
-        {"text": "with\u2028a separator\u0085and\x0cmore words", "split": "train"},
-        {"text": 'he said: "no!"', "split": "train"},
-    ]
-    path = write_lines(tmp_path / "a.jsonl", [rows[0], "", "   ", *rows[1:]])
-    expected = [
-        Passage("one two", " three", "train"),
-        Passage("four ", " five", "test"),
-        Passage("a line\nand", " another", "test"),
-        Passage("with\u2028a separator\u0085and\x0cmore", " words", "train"),
-        Passage("he said:", ' "no!"', "train"),
-    ]
-    assert read_passages(path, seed=0) == expected
-    assert [passage.text for passage in expected] == [row["text"].strip() for row in rows]
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n")[:-2])
-    assert read_passages(path, seed=0) == expected
-
-
-def test_a_passage_counts_once(tmp_path: Path) -> None:
-    rows: list[Row | str] = [
-        {"text": "one two", "split": "train"},
-        {"text": "one two "},
-        {"text": "one two", "split": "test"},
-        {"text": "One two"},
-    ]
-    passages = read_passages(write_lines(tmp_path / "a.jsonl", rows), seed=0)
-    assert [passage.text for passage in passages] == ["one two", "One two"]
-    assert passages[0].half == "train"
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[1]",
-        '"one two"',
-        "null",
-        "{}",
-        '{"text": 1}',
-        '{"text": null}',
-        '{"text": ["a", "b"]}',
-        '{"text": "a \\ud800 b"}',
-        "[" * 100_000,
-    ],
-    ids=lambda line: str(line)[:20],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}, "", line])
-    with pytest.raises(InputError, match=re.escape(f"{path}:3: expected a JSON object with a 'text' of words, found ")):
-        read_passages(path, seed=0)
-
-
-def test_bytes_that_are_no_unicode_are_a_bad_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "one two"}\n{"text": "one \xff\xfe two"}\n')
-    with pytest.raises(InputError, match=re.escape(f"{path}:2: ")):
-        read_passages(path, seed=0)
-
-
-@pytest.mark.parametrize("text", ["", "   ", "word", " word\n", "two\nlines"])
-def test_one_word_is_no_passage(tmp_path: Path, text: str) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": text}])
-    with pytest.raises(InputError, match=re.escape(f"{path}:1: a passage needs at least two words, found {text.strip()!r}")):
-        read_passages(path, seed=0)
-
-
-def test_another_split_is_refused(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "one two", "split": "validation"}])
-    with pytest.raises(InputError, match=re.escape(f"{path}:1: split 'validation', expected 'train' or 'test'")):
-        read_passages(path, seed=0)
-    with pytest.raises(InputError, match=r"reference\.source: .*none\.jsonl: no such file"):
-        read_passages(tmp_path / "none.jsonl", seed=0)
 
 
 # --- halves and choice ---------------------------------------------------------------------------------------------
@@ -365,131 +282,6 @@ def test_batches_are_the_same_again_and_hardly_padded(reference: Reference, budg
 
 
 # --- the artifact --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
-    return write_lines(tmp_path_factory.mktemp("source") / "passages.jsonl", [{"text": text} for text in texts])
-
-
-def make(directory: Path, sources: list[Path], bpe_dir: Path, **changes: Any) -> dict[Half, Manifest]:
-    settings: Row = {
-        "sources": sources,
-        "name": "words",
-        "items": {"train": 100, "test": 80},
-        "tokenizer_dir": bpe_dir,
-        "max_tokens": 64,
-        "seed": 3,
-    }
-    return make_reference(directory, **(settings | changes))
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.npy")}
-
-
-def times(directory: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
-
-
-def test_the_artifact_holds_the_chosen_passages(tmp_path: Path, source: Path, bpe_dir: Path, bpe: Tokenizer) -> None:
-    made = make(tmp_path, [source], bpe_dir)
-    passages = read_passages(source, 3)
-    train = choose(passages, "train", 100, 3)
-    kept, dropped = drop_overlapping([passage for passage in passages if passage.half == "test"], train)
-    expected_halves: dict[Half, list[Passage]] = {"train": train, "test": choose(kept, "test", 80, 3)}
-    for half, chosen in expected_halves.items():
-        found = open_reference(tmp_path / half)
-        expected = pack(chosen, bpe, 64)
-        assert found.tokens.tolist() == expected[0].tolist()
-        assert found.labels.tolist() == expected[1].tolist()
-        assert found.offsets.tolist() == expected[2].tolist()
-        assert (found.name, found.items, len(chosen)) == ("words", len(chosen), {"train": 100, "test": 80}[half])
-        assert found.manifest == artifact.verify(tmp_path / half, "reference") == made[half]
-        assert found.manifest.info == {
-            "items": len(chosen),
-            "tokens": len(expected[0]),
-            "label_tokens": int((expected[1] != IGNORED).sum()),
-            "dropped_for_overlap": dropped if half == "test" else 0,
-        }
-
-
-def test_a_passage_of_both_sources_counts_once(tmp_path: Path, bpe_dir: Path) -> None:
-    third = write_lines(tmp_path / "c.jsonl", [{"text": "a train passage 1", "split": "train"}])
-    first = write_lines(tmp_path / "a.jsonl", [{"text": f"a train passage {n}", "split": "train"} for n in range(5)])
-    second = write_lines(
-        tmp_path / "b.jsonl",
-        [{"text": f"a {'train' if n < 3 else 'test'} passage {n}", "split": "test"} for n in range(9)],
-    )
-    made = make(tmp_path / "out", [first, second], bpe_dir, items={"train": 5, "test": 99})
-    assert (made["train"].info["items"], made["test"].info["items"]) == (5, 6)
-    with pytest.raises(InputError, match=r"5 passages in the train half, reference\.items asks for 6"):
-        make(tmp_path / "other", [first, second, third], bpe_dir, items={"train": 6, "test": 99})
-
-
-def test_overlapping_passages_are_dropped_from_the_test_half(tmp_path: Path, bpe_dir: Path) -> None:
-    run = " ".join(f"w{number}" for number in range(13))
-    rows: list[Row | str] = [{"text": f"{run} first", "split": "train"}, {"text": "other train", "split": "train"}]
-    rows += [{"text": f"{start} {run} second", "split": "test"} for start in ("x", "y", "z")]
-    rows += [{"text": f"clean passage {number}", "split": "test"} for number in range(4)]
-    made = make(tmp_path / "out", [write_lines(tmp_path / "a.jsonl", rows)], bpe_dir, items={"train": 2, "test": 99})
-    assert made["test"].info["items"] == 4
-    assert made["test"].info["dropped_for_overlap"] == 3
-
-
-def test_it_is_made_once_and_another_is_refused(tmp_path: Path, source: Path, bpe_dir: Path) -> None:
-    made = make(tmp_path / "out", [source], bpe_dir)
-    before = times(tmp_path)
-    assert make(tmp_path / "out", [source], bpe_dir) == made
-    changes: list[tuple[Row, str]] = [
-        ({"name": "other"}, 'name: "words", now asked "other"'),
-        ({"items": {"train": 99, "test": 80}}, "items: 100, now asked 99"),
-        ({"items": {"train": 100, "test": 79}}, "test_items: 80, now asked 79"),
-        ({"max_tokens": 65}, "max_tokens: 64, now asked 65"),
-        ({"seed": 4}, "seed: 3, now asked 4"),
-        ({"sources": [source, source]}, "input source: "),
-    ]
-    for change, message in changes:
-        settings: Row = {"sources": [source]} | change
-        with pytest.raises(ArtifactMismatchError, match=message):
-            make(tmp_path / "out", bpe_dir=bpe_dir, **settings)
-    assert times(tmp_path) == before
-
-
-@pytest.mark.parametrize("lost", [["train"], ["test"], ["train", "test"]])
-def test_an_interrupted_step_is_done_again_to_the_same_bytes(tmp_path: Path, source: Path, bpe_dir: Path, lost: list[str]) -> None:
-    made = make(tmp_path, [source], bpe_dir)
-    before = contents(tmp_path)
-    for half in lost:
-        artifact.unmake(tmp_path / half)
-        (tmp_path / half / "tokens.npy").write_bytes(b"half")
-    again = make(tmp_path, [source], bpe_dir)
-    assert contents(tmp_path) == before
-    assert [again[half].fingerprint for half in made] == [made[half].fingerprint for half in made]
-    assert artifact.verify(tmp_path / "train") == again["train"]
-
-
-def test_no_manifest_stands_while_files_are_rewritten(tmp_path: Path, source: Path, bpe_dir: Path) -> None:
-    """A step that makes both halves again and fails between them leaves no manifest that might speak of other files."""
-    make(tmp_path, [source], bpe_dir)
-    artifact.unmake(tmp_path / "train")
-    (tmp_path / "train" / "labels.npy").unlink()
-    (tmp_path / "train" / "labels.npy").mkdir()  # cannot be replaced by a file
-    with pytest.raises(IsADirectoryError):
-        make(tmp_path, [source], bpe_dir)
-    assert not list(tmp_path.rglob("manifest.json"))
-
-
-def test_too_few_passages_are_refused_with_both_numbers(tmp_path: Path, source: Path, bpe_dir: Path) -> None:
-    count = sum(passage.half == "train" for passage in read_passages(source, 3))
-    with pytest.raises(InputError, match=rf"{count} passages in the train half, reference\.items asks for {count + 1}"):
-        make(tmp_path / "a", [source], bpe_dir, items={"train": count + 1, "test": 2})
-    rows: list[Row | str] = [{"text": f"p {n}", "split": "test" if n == 0 else "train"} for n in range(9)]
-    with pytest.raises(InputError, match="1 passages left in the test half, at least 2 are needed"):
-        make(tmp_path / "b", [write_lines(tmp_path / "b.jsonl", rows)], bpe_dir, items={"train": 4, "test": 2})
-    with pytest.raises(InputError, match=r"reference\.source: .*none: no such file"):
-        make(tmp_path / "c", [source, tmp_path / "none"], bpe_dir)
-    assert not list(tmp_path.rglob("manifest.json"))
 
 
 @pytest.mark.parametrize(
