@@ -28,22 +28,26 @@ def run_chunks(
     world: World,
     label: str,
     started: float,
+    team: int = 1,
 ) -> float:
-    """Make the missing chunk files of ``directory``; rank r makes chunks r, r + size, ….
+    """Make the missing chunk files of ``directory``; of n teams of ranks, team t makes chunks t, t + n, ….
 
     What each attempt took is kept beside the chunks, so that an interrupted step's cost is the sum of its attempts.
 
     Args:
         plan: all that the chunks' contents depend on; files that were left by another plan are removed, loudly.
-        make: writes one chunk's file (atomically).
+        make: writes one chunk's file (atomically). Called by all ranks of a team, the first of which writes.
         started: ``time.perf_counter()`` when this attempt's work began (loading a model counts).
+        team: ranks that make a chunk together.
 
     Returns:
         Wall-clock seconds of the step, from ``started`` on, earlier attempts included.
     """
     world.same(lambda: _adopt(directory, artifact.normalise(dict(plan)), label))
-    own = [number for number in range(chunks) if number % world.size == world.rank]
-    missing = [number for number in own if not (directory / file_name(number)).exists()]
+    # listed once for all, since the ranks of a team must agree
+    listed: list[int] = world.same(lambda: [number for number in range(chunks) if not (directory / file_name(number)).exists()])
+    own = range(world.rank // team, chunks, world.size // team)
+    missing = [number for number in listed if number in own]
     spent = world.same(lambda: read_seconds(directory))
     with Progress(label, len(own), "chunk", done=len(own) - len(missing), enabled=world.first) as progress:
         for number in missing:

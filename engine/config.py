@@ -342,6 +342,9 @@ class ProbeConfig:
     """Samples over which ``centred`` and ``frozen`` take their means."""
     micro_batch_size: int = 4
     """Samples in one forward and backward pass. Micro-batches form inside a chunk, so influences do not depend on the number of ranks."""
+    shard_over: int = 1
+    """Ranks that hold a model together, each a part of its weights, moments and reference gradients, for models that fit on no single
+    device; the number of processes is a multiple. Each such team probes samples of its own."""
     generic: bool = False
     """Take gradients sample by sample, for models with layers other than linear ones, embeddings and norms; slower."""
     reference_batch_tokens: int = 8192
@@ -351,7 +354,7 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 20, "probe.samples", self.samples, "at least 20, or there is nothing to fit and test on")
-        for name in ("reference_batch_tokens", "chunk_size", "subset_items", "calibration_samples", "micro_batch_size"):
+        for name in ("reference_batch_tokens", "chunk_size", "subset_items", "calibration_samples", "micro_batch_size", "shard_over"):
             require(getattr(self, name) >= 1, f"probe.{name}", getattr(self, name), "at least 1")
         require(
             self.fidelity_samples == 0 or self.fidelity_samples >= 8,
@@ -365,6 +368,7 @@ class ProbeConfig:
             self.fidelity_samples,
             "at least 8, since probe.method is auto",
         )
+        require(not (self.generic and self.shard_over > 1), "probe.shard_over", self.shard_over, "1, since probe.generic is set")
         require(0 < self.min_fidelity <= 1, "probe.min_fidelity", self.min_fidelity, "a correlation above 0 and at most 1")
 
 

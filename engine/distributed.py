@@ -60,6 +60,11 @@ class World:
             raise box[1]
         return box[0]
 
+    def team(self, size: int) -> Any:
+        """The process group of this rank and its neighbours, ``size`` of them; called by all ranks."""
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.size, size)]
+        return groups[self.rank // size]
+
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over ranks, on all ranks."""
         if self.size > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,13 @@ def load(directory: Path, trainer: Trainer, kind: str) -> Manifest:
     return manifest
 
 
+def _rows_of(handle: Any, key: str, bounds: Callable[[int], tuple[int, int]] | None) -> torch.Tensor:
+    part = handle.get_slice(key)
+    start, stop = bounds(part.get_shape()[0]) if bounds else (0, part.get_shape()[0])
+    rows: torch.Tensor = part[start:stop]
+    return rows
+
+
 def read_losses(directory: Path) -> npt.NDArray[np.float64]:
     """Loss of each optimizer step of the stage, in nats: [steps] float64."""
     return np.array(load_array(directory / LOSSES, np.dtype(np.float64), 1))
@@ -192,8 +199,18 @@ class OptimizerState:
     clip_norm: float
 
 
-def read_state(directory: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[OptimizerState, Manifest]:
-    """Read ``state/`` of an artifact. ArtifactError where it has none, or tensors are missing or contradict each other."""
+def read_state(
+    directory: Path, *, dtype: torch.dtype, device: torch.device, bounds: Callable[[int], tuple[int, int]] | None = None
+) -> tuple[OptimizerState, Manifest]:
+    """Read ``state/`` of an artifact.
+
+    Args:
+        directory: the artifact. dtype, device: of the tensors.
+        bounds: first and last (exclusive) row to read of so many; all by default.
+
+    Raises:
+        ArtifactError: it has none, or tensors are missing or contradict each other.
+    """
     manifest = artifact.load(directory)
     if "optimizer" not in manifest.info:
         raise ArtifactError(f"{directory}: this {manifest.kind} artifact has no {STATE}/ to probe")
@@ -205,7 +222,7 @@ def read_state(directory: Path, *, dtype: torch.dtype, device: torch.device) -> 
             try:
                 with safe_open(directory / name, framework="pt") as handle:
                     for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                        tensors[kind][key] = handle.get_tensor(key).to(device=device, dtype=dtype)
+                        tensors[kind][key] = _rows_of(handle, key, bounds).to(device=device, dtype=dtype)
             except SafetensorError as error:
                 raise ArtifactError(f"{directory / name}: not a readable safetensors file ({error})") from error
     optimizer = manifest.info["optimizer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def build_model(config: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(b"".join(part.to_bytes(4, "little") for part in key_of(seed, "weights")), "little") >> 1)
         model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    return model
+
+
+def build_empty(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A model whose weights take no memory, on the meta device; its buffers are real and on ``device``."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size = 1, 8
+    buffers = dict(AutoModelForCausalLM.from_config(small, attn_implementation="sdpa", dtype=dtype).named_buffers())
+    for name, _ in list(model.named_buffers()):
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, buffers[name].to(device))
     return model
 
 

@@ -16,17 +16,18 @@ import pyarrow.parquet as pq
 import torch
 
 from mates.engine.chunks import run_chunks
-from mates.engine.config import Recipe
+from mates.engine.config import Recipe, require
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.distributed import World
 from mates.engine.flops import decoder_forward, decoder_training
 from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
-from mates.engine.pretrain.model import build_model, model_config, padded_vocabulary
+from mates.engine.pretrain.model import build_empty, build_model, model_config, padded_vocabulary
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, reliability
 from mates.engine.probe.methods import make_setting
 from mates.engine.probe.prober import ESTIMATES, Probed, Prober
+from mates.engine.probe.shards import Rows, Shards
 from mates.engine.progress import say
 from mates.engine.random import KeyedPermutation
 from mates.engine.reference.batches import label_batches
@@ -109,7 +110,8 @@ def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
         "seed": recipe.seed,
         "sequence_length": recipe.pretrain.sequence_length,
     }
-    settings.pop("chunk_size")
+    for name in ("chunk_size", "shard_over"):  # these say who works, not on what
+        settings.pop(name)
     inputs = {
         "checkpoint": artifact.load(layout.probed(method, stage, after_decay=recipe.probe.after_decay)).fingerprint,
         "pool": artifact.load(layout.corpus("pool"), "corpus").fingerprint,
@@ -126,6 +128,8 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     done: Manifest | None = world.same(request.find)
     if done:
         return done
+    team = recipe.probe.shard_over
+    require(world.size % team == 0, "probe.shard_over", team, f"a divisor of the number of processes, {world.size}")
     started = time.perf_counter()
     layout = layout_of(recipe)
     parent = layout.probed(method, stage, after_decay=recipe.probe.after_decay)
@@ -138,35 +142,43 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         request=request,
         pool=pool,
         names=[reference.name for reference in references],
-        prober=open_prober(recipe, parent, pool, references, stage, world.device),
+        prober=open_prober(recipe, parent, pool, references, stage, world),
         label=f"probe {method} stage {stage}",
         started=started,
     )
     report = job.compare(np.sort(ids[: recipe.probe.fidelity_samples])) if recipe.probe.fidelity_samples else {}
     by = report.get("method", recipe.probe.method)
     seconds = job.run("parts", np.sort(ids), [by])
+    baseline = job.prober.exact.baseline.means.tolist()
     branch = artifact.load(parent).info["branch"]["seconds"] if recipe.probe.after_decay else 0.0
     cost = Cost(
         flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], [sizes_of(one) for one in references], len(ids), by),
         seconds=seconds + branch,
         tokens=len(ids) * recipe.pretrain.sequence_length,
     )
-    result: Manifest = world.same(lambda: job.commit(ids, by, report, cost))
+    result: Manifest = world.same(lambda: job.commit(ids, by, report, baseline, cost))
     return result
 
 
-def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence[Reference], stage: int, device: torch.device) -> Prober:
-    """The methods at a checkpoint, on a device."""
-    probe = recipe.probe
+def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence[Reference], stage: int, world: World) -> Prober:
+    """The methods at a checkpoint, on this rank's device."""
+    probe, device = recipe.probe, world.device
     dtype = DTYPES[probe.precision]
-    state, _ = checkpoint.read_state(parent, dtype=dtype, device=device)
     vocabulary = pool.info("tokenizer")
     config = model_config(
         resolve_shape(recipe.model),
         padded_vocabulary(vocabulary["vocab_size"], recipe.model.vocab_multiple),
         vocabulary["end_of_document"],
     )
-    model = build_model(config, recipe.seed).to(device=device, dtype=dtype)
+    shards = None
+    if probe.shard_over > 1:
+        rows = Rows(world.rank % probe.shard_over, probe.shard_over)
+        state, _ = checkpoint.read_state(parent, dtype=dtype, device=device, bounds=rows.bounds)
+        model = build_empty(config, dtype, device)
+        shards = Shards(model, rows, world.team(probe.shard_over))
+    else:
+        state, _ = checkpoint.read_state(parent, dtype=dtype, device=device)
+        model = build_model(config, recipe.seed).to(device=device, dtype=dtype)
     batches = [label_batches(one, batch_tokens=probe.reference_batch_tokens, device=device) for one in references]
     subset = [
         label_batches(one, batch_tokens=probe.reference_batch_tokens, device=device, items=_subset(recipe, one.items, stage))
@@ -176,7 +188,8 @@ def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence
     calibration = [
         torch.from_numpy(known[start : start + probe.micro_batch_size]).to(device) for start in range(0, len(known), probe.micro_batch_size)
     ]
-    return Prober(make_setting(model, state, batches, calibration, generic=probe.generic), subset, probe.micro_batch_size)
+    setting = make_setting(model, state, batches, calibration, generic=probe.generic, shards=shards)
+    return Prober(setting, subset, probe.micro_batch_size)
 
 
 def _subset(recipe: Recipe, items: int, stage: int) -> npt.NDArray[np.int64]:
@@ -206,8 +219,9 @@ class _Job:
         def make(number: int, path: Path) -> None:
             own = ids[number * size : (number + 1) * size]
             probed = self.prober.probe(self.pool.windows(own), methods, halves=halves)
-            with artifact.atomic_file(path) as handle:
-                pq.write_table(_table(own, probed, self.names), handle)
+            if self.world.rank % self.recipe.probe.shard_over == 0:
+                with artifact.atomic_file(path) as handle:
+                    pq.write_table(_table(own, probed, self.names), handle)
 
         return run_chunks(
             self.request.directory / folder,
@@ -218,6 +232,7 @@ class _Job:
             world=self.world,
             label=self.label,
             started=self.started,
+            team=self.recipe.probe.shard_over,
         )
 
     def compare(self, ids: npt.NDArray[np.int64]) -> dict[str, Any]:
@@ -247,7 +262,7 @@ class _Job:
             "reliability": {name: asdict(one) for name, one in zip(self.names, oracle, strict=True)},
         }
 
-    def commit(self, ids: npt.NDArray[np.int64], by: str, report: Mapping[str, Any], cost: Cost) -> Manifest:
+    def commit(self, ids: npt.NDArray[np.int64], by: str, report: Mapping[str, Any], baseline: Sequence[float], cost: Cost) -> Manifest:
         """Write the labels in probing order, and the comparison."""
         directory, parts = self.request.directory, self.request.directory / "parts"
         sorted_ids = np.sort(ids)
@@ -259,7 +274,6 @@ class _Job:
                     f"{parts}: {int((~np.isfinite(values)).sum())} influences are not finite; "
                     "the checkpoint or its optimizer state is broken"
                 )
-        baseline = self.prober.exact.baseline.means.tolist()
         labels = pa.table(
             {"sample_id": ids}
             | columns

@@ -149,6 +149,19 @@ def test_ranks_change_no_bit(recipe: Recipe) -> None:
         assert pq.read_table(directory / name).equals(table), name
 
 
+@pytest.mark.parametrize("method", ["exact", "linear"])
+def test_a_model_in_shards_gives_the_same_labels(recipe: Recipe, method: ProbeMethod) -> None:
+    directory, _ = probed(recipe, method=method)
+    expected = pq.read_table(directory / LABELS_FILE)
+    shutil.rmtree(directory)
+    run_plain([*command(recipe), "--probe.method", method, "--probe.shard_over", "2"], 2)
+    found = pq.read_table(directory / LABELS_FILE)
+    assert found["sample_id"].equals(expected["sample_id"])
+    for name in (influence_column("last-word"), "grad_norm"):
+        values, whole = found[name].to_numpy(), expected[name].to_numpy()
+        assert np.abs(values - whole).max() <= 1e-3 * whole.std()
+
+
 def command(recipe: Recipe) -> list[str]:
     return [
         console_script("mates"),
