@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -97,19 +97,24 @@ def literal_steps(model: nn.Module, state: OptimizerState, windows: torch.Tensor
         yield stepped, {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
 
 
-def brute_force(model: nn.Module, state: OptimizerState, reference: LabelBatch, windows: torch.Tensor) -> np.ndarray:
-    """Influences by copying the model, one step of torch's own optimizer, and evaluating again."""
+Steps = Iterable[tuple[nn.Module, dict[str, torch.Tensor]]]
+
+
+def influences(model: nn.Module, steps: Steps, reference: LabelBatch) -> np.ndarray:
+    """The reference loss after each literal step less that before."""
     before = reference_loss(model, reference)
-    return np.array([reference_loss(stepped, reference) - before for stepped, _ in literal_steps(model, state, windows)])
+    return np.array([reference_loss(stepped, reference) - before for stepped, _ in steps])
 
 
-def first_order(model: nn.Module, state: OptimizerState, gradient: dict[str, torch.Tensor], windows: torch.Tensor) -> np.ndarray:
-    """⟨gradient, θ' − θ⟩ with θ' by torch's own optimizer."""
-    before, values = dict(model.named_parameters()), []
-    for stepped, _ in literal_steps(model, state, windows):
-        after = dict(stepped.named_parameters())
-        values.append(sum(float((gradient[name] * (after[name] - before[name]).detach()).sum()) for name in before))
-    return np.array(values)
+def first_order(model: nn.Module, steps: Steps, gradient: dict[str, torch.Tensor]) -> np.ndarray:
+    """⟨gradient, θ' − θ⟩ of each literal step."""
+    before = {name: value.detach() for name, value in model.named_parameters()}
+    after = [{name: value.detach() for name, value in stepped.named_parameters()} for stepped, _ in steps]
+    return np.array([dot(gradient, {name: value - before[name] for name, value in one.items()}) for one in after])
+
+
+def dot(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    return sum(float((first[name] * second[name]).sum()) for name in first)
 
 
 def wide(state: OptimizerState) -> OptimizerState:
