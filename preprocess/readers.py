@@ -78,7 +78,8 @@ class PartReader:
         """The blocks, in order.
 
         Raises:
-            InputError: the file cannot be read, or has no text column; under "fail", also at damage and at the first bad row.
+            InputError: the file cannot be read; under "fail", also at damage (a Parquet file without the text column is such) and at
+                the first bad row.
         """
         self._reset()
         with RawFile(self._file) as raw:
@@ -157,9 +158,7 @@ class PartReader:
         names = file.schema_arrow.names
         text = self._options.text_field
         if names.count(text) != 1:
-            raise InputError(
-                f"{self._file.name}: {names.count(text) or 'no'} column {text!r}; found {', '.join(names)}. Set corpus.text_field"
-            )
+            raise DamageError(f"{names.count(text) or 'no'} column {text!r}; found {', '.join(names)}. See corpus.text_field")
         return [text, *(name for name in dict.fromkeys(self._options.metadata_fields) if name != text and names.count(name) == 1)]
 
     def _groups(self, file: Any) -> tuple[range, range]:
