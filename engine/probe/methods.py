@@ -14,7 +14,7 @@ Means over samples are taken over a fixed set of calibration samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -109,18 +109,14 @@ class Exact:
 
     def __call__(self, batch: TappedBatch, factors_K: torch.Tensor) -> torch.Tensor:
         """See :class:`Estimate`."""
-        return torch.stack([after.means - self.baseline.means for after in self.after(batch, factors_K)])
+        return self.halves(batch, factors_K)[0]
 
     def halves(self, batch: TappedBatch, factors_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Influences [K, R], and those on either half of each reference's items [K, R, 2]."""
-        after = list(self.after(batch, factors_K))
+        state = self._setting.state
+        after = [self._setting.oracle.losses(stepped(batch, state, k, factor)) for k, factor in enumerate(factors_K)]
         means = torch.stack([losses.means - self.baseline.means for losses in after])
         return means, torch.stack([losses.half_means - self.baseline.half_means for losses in after])
-
-    def after(self, batch: TappedBatch, factors_K: torch.Tensor) -> Iterator[Losses]:
-        """The losses at θ + Δ_k of each sample."""
-        for k, factor in enumerate(factors_K):
-            yield self._setting.oracle.losses(stepped(batch, self._setting.state, k, factor))
 
 
 class Linear:

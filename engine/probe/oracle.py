@@ -23,7 +23,7 @@ from mates.engine.pretrain.checkpoint import OptimizerState
 from mates.engine.pretrain.model import LabelledLoss
 from mates.engine.probe.gradients import gradient, step_of
 from mates.engine.probe.shards import Shards
-from mates.engine.probe.taps import Contributions, TappedBatch, Taps, one_sample
+from mates.engine.probe.taps import Contributions, TappedBatch, Taps, layers_of, one_sample
 from mates.engine.reference.batches import LabelBatch
 from mates.kernels.adamw import stepped_weight
 from mates.kernels.update_weights import updated_weights
@@ -58,10 +58,7 @@ class Oracle:
         model.eval()  # no dropout: a probe has no random part
         self._model, self._labelled, self._shards = model, LabelledLoss(model), shards
         self.references = references
-        names = [name for name, _ in model.named_parameters()]
-        first_of = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
-        self._stored = {name: first_of[id(value)] for name, value in model.named_parameters(remove_duplicate=False)}
-        assert set(self._stored.values()) == set(names)
+        self._stored = {f"{layer}.{own}".lstrip("."): name for layer, _, names in layers_of(model) for own, name in names.items()}
 
     def on(self, references: Sequence[Batches]) -> Oracle:
         """The same model on other references."""

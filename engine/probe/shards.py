@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mates.engine.probe.taps import Contributions, TappedBatch
+from mates.engine.probe.taps import Contributions, TappedBatch, layers_of
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,17 @@ class Shards:
 
     def __post_init__(self) -> None:
         """Take away the model's weights, whose storage comes and goes from now on."""
-        stored = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        layers = [(module, dict(module.named_parameters(recurse=False))) for module in self.model.modules()]
         parameters: dict[str, nn.Parameter] = {}
-        for module, own in layers:
-            names = []
-            for own_name, parameter in own.items():
-                name = stored[id(parameter)]
+        for _, module, own in layers_of(self.model):
+            for own_name, name in own.items():
                 if name not in parameters:
+                    parameter = module.get_parameter(own_name)
                     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
                     whole.untyped_storage().resize_(0)
                     self._whole[name], parameters[name] = whole, nn.Parameter(whole, requires_grad=False)
                 setattr(module, own_name, parameters[name])
-                names.append(name)
-            if names:
-                module.register_forward_pre_hook(self._before(names))
-                module.register_forward_hook(self._after(names), always_call=True)
+            module.register_forward_pre_hook(self._before(list(own.values())))
+            module.register_forward_hook(self._after(list(own.values())), always_call=True)
 
     @property
     def device(self) -> torch.device:

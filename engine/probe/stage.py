@@ -31,7 +31,7 @@ from mates.engine.probe.shards import Rows, Shards
 from mates.engine.progress import say
 from mates.engine.random import KeyedPermutation
 from mates.engine.reference.batches import label_batches
-from mates.engine.reference.task import Reference, open_references, reference_folders
+from mates.engine.reference.task import Reference, open_references, reference_folders, reference_weights
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 
@@ -73,12 +73,12 @@ def probe_flops(
     for items, tokens, labels in references:
         one = decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
         forward, part = forward + one, part + one * min(1.0, probe.subset_items / items)
-    pass_ = 2 * shape.matmul_parameters(rows) * length  # the gradients' norms, or the dots
+    pass_ = 2 * shape.matmul_parameters(rows) * length
     each = {
         "exact": step + forward,
-        "linear": step - pass_ + 2 * pass_,
-        "centred": step - pass_ + 2 * pass_,
-        "frozen": step - pass_ + 2 * pass_,
+        "linear": step + pass_,  # a training step's own pass over the gradients makes the norms, another one the dots
+        "centred": step + pass_,
+        "frozen": step + pass_,
         "corrected": step + part + pass_,
     }
     method = method or ("linear" if probe.method == "auto" else probe.method)
@@ -88,7 +88,7 @@ def probe_flops(
         "linear": gradient,
         "centred": means + gradient,
         "frozen": means + gradient,
-        "corrected": gradient + 3 * part + part,
+        "corrected": gradient + 4 * part,
     }
     compared = (
         min(probe.fidelity_samples, samples) * sum(each.values()) + sum(before.values()) if probe.fidelity_samples else before[method]
@@ -345,8 +345,8 @@ def _lines(found: Mapping[str, Sequence[Fidelity]], oracle: Sequence[Interval], 
 
 def label_weights(recipe: Recipe) -> dict[str, float]:
     """Weights by which influences on the recipe's reference tasks become one label; tasks that are only measured are left out."""
-    weights = {recipe.reference.name: recipe.reference.weight} | {task.name: task.weight for task in recipe.reference.more}
-    return {name: weight for name, weight in weights.items() if weight > 0}
+    names = [recipe.reference.name, *(task.name for task in recipe.reference.more)]
+    return {name: weight for name, weight in zip(names, reference_weights(recipe), strict=True) if weight > 0}
 
 
 def read_labels(directory: Path, weights: Mapping[str, float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], Manifest]:

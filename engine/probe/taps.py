@@ -78,18 +78,15 @@ class Taps:
             UnsupportedLayerError: a layer of another kind has parameters of its own.
         """
         self._model = model
-        stored: dict[int, str] = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._layers: list[tuple[nn.Module, dict[str, str]]] = []
-        for name, module in model.named_modules():
-            own = {own_name: stored[id(parameter)] for own_name, parameter in module.named_parameters(recurse=False)}
-            if not own:
-                continue
+        self._layers: list[tuple[nn.Module, nn.Module, dict[str, str]]] = []
+        for name, module, own in layers_of(model):
             if not _is_known(module, own):
                 raise UnsupportedLayerError(
                     f"layer {name or 'model'} ({type(module).__name__}) with parameters {', '.join(own)}: its gradients cannot be tapped; "
                     "found no linear layer, embedding or norm. Set probe.generic to probe this model sample by sample"
                 )
-            self._layers.append((module, own))
+            plain = module if isinstance(module, nn.Linear | nn.Embedding) else _plain_norm(module)
+            self._layers.append((module, plain, own))
 
     def run(self, windows: torch.Tensor) -> TappedBatch:
         """Forward and backward over samples [K, T + 1] int64. Parameters get no gradients."""
@@ -108,12 +105,22 @@ class Taps:
             for parameter in wanted:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_)
-            for module, names in self._layers:
-                stack.callback(module.register_forward_hook(_listener(module, names, gradients)).remove)
+            for module, plain, names in self._layers:
+                stack.callback(module.register_forward_hook(_listener(plain, names, gradients)).remove)
             with torch.enable_grad():
                 losses = forward()
                 losses.sum().backward()  # type: ignore[no-untyped-call]
         return TappedBatch(losses.detach(), gradients)
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
+    """Layers that have parameters of their own: name, layer, and by own names those of the whole model; of tied parameters the first."""
+    stored = {id(parameter): name for name, parameter in model.named_parameters()}
+    layers = [
+        (name, module, {own_name: stored[id(parameter)] for own_name, parameter in module.named_parameters(recurse=False)})
+        for name, module in model.named_modules()
+    ]
+    return [layer for layer in layers if layer[2]]
 
 
 def one_sample(batch: TappedBatch) -> TappedBatch:
@@ -153,7 +160,7 @@ def _plain_norm(module: nn.Module) -> nn.Module:
 
 
 def _listener(module: nn.Module, names: Mapping[str, str], gradients: dict[str, Contributions]) -> Any:
-    plain = _plain_norm(module) if not isinstance(module, nn.Linear | nn.Embedding) else module
+    """A forward hook; ``module`` is the layer, or of a norm its plain copy."""
 
     def of(own_name: str) -> Contributions:
         return gradients.setdefault(names[own_name], Contributions())
@@ -172,7 +179,7 @@ def _listener(module: nn.Module, names: Mapping[str, str], gradients: dict[str, 
                 grads = grads.masked_fill((inputs == module.padding_idx)[..., None], 0.0)
             of("weight").rows.append((inputs, grads))
         else:
-            of("weight").whole.append(_summed(grads * plain(inputs)))
+            of("weight").whole.append(_summed(grads * module(inputs)))
         if "bias" in names:
             of("bias").whole.append(_summed(grads))
 
