@@ -13,8 +13,9 @@ faster than datatrove's tokenizer step, at no less than 85% of the floor, within
   the start of the interpreter. Contestants take turns; ratios are of the same turn, and their median and range are given.
 - All contestants make tokens only, since the peers keep nothing else of a document; what it takes to keep url, timestamp and source
   as well, which is the default of ``mates``, is given beside it.
-- The floor is what cannot be left out: decompress, parse, tokenize (on an engine that has seen nothing), write the tokens; each alone
-  in a fresh process on one core, then added up. Floor and ours take turns of their own, ``--floor_repeats`` of them.
+- The floor is what cannot be left out: decompress, parse, tokenize (on an engine that has seen nothing), write the tokens; each timed
+  alone, then added up. Ours and these parts take turns in one process on one core, a share of the shards at a time, since the speed of a
+  machine drifts; turns over all shards are ``--floor_repeats``, each in a fresh process and every other one in reverse order.
 - Nearly linear is 90% of the speed-up that the floor's tokenizing has in separate processes, each on a core of its own: cores of a
   virtual machine may share caches, memory and more.
 - Gate before any figure: on the subset the bytes of .bin and .idx are those of the pool of the reference library, on all shards they
@@ -40,7 +41,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -449,6 +450,37 @@ def write_floor(task: Json) -> Json:
     return clock.times()
 
 
+def beside(task: Json) -> Json:
+    """Ours and the parts of the floor in turns of a second or two on the same shards, added up.
+
+    A machine's speed drifts within minutes; what is compared is to run under the same conditions.
+    """
+    os.environ |= {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    out = task["out"]
+    contestants: dict[str, Callable[[list[str]], Json]] = {
+        "ours start": lambda files: ours(task | {"files": task["tiny"], "fields": ()}),
+        "ours": lambda files: ours(task | {"files": files, "fields": ()}),
+        "ours with metadata": lambda files: ours(task | {"files": files, "fields": FIELDS}),
+        **{part: partial(_part_of_floor, part, task | {"out": f"{out}.bin"}) for part in FLOOR},
+    }
+    ours(task | {"files": task["tiny"], "fields": ()})  # imports
+    runs: dict[str, list[Json]] = {name: [] for name in contestants}
+    for group in range(task["groups"]):
+        order = list(contestants)
+        if (task["turn"] + group) % 2:
+            order.reverse()
+        for name in order:
+            shutil.rmtree(out, ignore_errors=True)
+            runs[name].append(contestants[name](task["files"][group :: task["groups"]]))
+    return {"runs": {name: {clock: math.fsum(run[clock] for run in each) for clock in ("wall_s", "cpu_s")} for name, each in runs.items()}}
+
+
+def _part_of_floor(part: str, task: Json, files: list[str]) -> Json:
+    share = len(files) / len(task["files"])
+    sizes = {name: int(task[name] * share) for name in ("text_bytes", "token_bytes")}
+    return dict(TASKS[part](task | {"files": files} | sizes))
+
+
 def _sum(clocks: Sequence[Clock]) -> Json:
     return {"wall_s": math.fsum(clock.wall for clock in clocks), "cpu_s": math.fsum(clock.cpu for clock in clocks)}
 
@@ -465,6 +497,7 @@ TASKS = {
     "parse": parse_floor,
     "tokenize": tokenize_floor,
     "write": write_floor,
+    "beside": beside,
 }
 
 
@@ -644,29 +677,36 @@ def turns(bench: Bench, workers: int, peers: Sequence[str]) -> dict[str, list[Js
 
 
 def floor_turns(bench: Bench) -> dict[str, list[Json]]:
-    """Ours with one worker, without metadata and with it, and with all workers, amid the parts of the floor: ``floor_repeats`` times.
+    """Ours with one worker, and the parts of the floor, a few shards at a time: ``floor_repeats`` turns over all shards."""
+    found: dict[str, list[Json]] = {}
+    task = bench.task("beside", "shards") | {"tiny": bench.prepared["tiny"]["paths"], "groups": bench.options.floor_groups}
+    for turn in range(bench.options.floor_repeats):
+        print(f"floor, turn {turn + 1} of {bench.options.floor_repeats}", file=sys.stderr)
+        bench.clear()
+        for name, run in run_child(task | {"turn": turn}, cores=1)["runs"].items():
+            found.setdefault(name, []).append(run)
+    return found
 
-    What is compared runs within seconds of each other, for machines drift.
-    """
+
+def scaling_turns(bench: Bench) -> dict[str, list[Json]]:
+    """Ours with one worker and with all, and the floor's tokenizing in one process and in as many: ``repeats`` turns."""
     found: dict[str, list[Json]] = {}
     many = max(bench.options.workers)
+    if many == 1:
+        return found
 
     def note(name: str, run: Json) -> None:
         found.setdefault(name, []).append(run)
 
-    for turn in range(bench.options.floor_repeats):
-        print(f"floor, turn {turn + 1} of {bench.options.floor_repeats}", file=sys.stderr)
+    for turn in range(bench.options.repeats):
+        print(f"all workers, turn {turn + 1} of {bench.options.repeats}", file=sys.stderr)
         note("ours start", bench.ours("tiny", 1))
-        for part in FLOOR:
-            if part == "tokenize":  # the longest part and ours side by side
-                note("ours", bench.ours("shards", 1))
-            bench.clear()
-            note(part, run_child(bench.task(part, "shards"), cores=1))
-        note("ours with metadata", bench.ours("shards", 1, fields=FIELDS))
-        if many > 1:
-            note(f"{ALL_WORKERS} start", bench.ours("tiny", many))
-            note(ALL_WORKERS, bench.ours("shards", many))
-            note(AT_ONCE, at_once(bench, many))
+        note("ours", bench.ours("shards", 1))
+        note(f"{ALL_WORKERS} start", bench.ours("tiny", many))
+        note(ALL_WORKERS, bench.ours("shards", many))
+        bench.clear()
+        note("tokenize", run_child(bench.task("tokenize", "shards"), cores=1))
+        note(AT_ONCE, at_once(bench, many))
     return found
 
 
@@ -727,7 +767,7 @@ def compare(bench: Bench, runs: dict[str, list[Json]], peers: Sequence[str]) -> 
 
 
 def floor_share(bench: Bench, runs: dict[str, list[Json]]) -> Json:
-    """Seconds of each part for a GB of text, which share of ours the floor makes up, and what more workers gain, turn by turn."""
+    """Seconds of each part for a GB of text, and which share of ours the floor makes up, turn by turn."""
     gigabytes = bench.prepared["shards"]["text_bytes"] / 1e9
     found: Json = {"runs": runs}
     for clock in ("cpu_s", "wall_s"):
@@ -738,12 +778,17 @@ def floor_share(bench: Bench, runs: dict[str, list[Json]]) -> Json:
         named = parts | {"floor": floor, "ours": mine, "ours with metadata": more}
         found[f"{clock}_per_gb"] = {name: spread(values) for name, values in named.items()}
         found[clock.replace("_s", "_share")] = spread([least / own for least, own in zip(floor, mine, strict=True)])
-    if ALL_WORKERS in runs:
-        pairs = zip(*(steady(runs, name, "wall_s") for name in ("ours", ALL_WORKERS)), strict=True)
-        found["gain"] = spread([one / all_workers for one, all_workers in pairs])
-        pairs = zip(*([run["wall_s"] for run in runs[name]] for name in ("tokenize", AT_ONCE)), strict=True)
-        found["cores_gain"] = spread([one / together for one, together in pairs])
     return found
+
+
+def scaling(runs: dict[str, list[Json]]) -> Json:
+    """What all workers gain over one, and separate processes over one process, turn by turn."""
+    if not runs:
+        return {}
+    pairs = zip(*(steady(runs, name, "wall_s") for name in ("ours", ALL_WORKERS)), strict=True)
+    gain = spread([one / all_workers for one, all_workers in pairs])
+    pairs = zip(*([run["wall_s"] for run in runs[name]] for name in ("tokenize", AT_ONCE)), strict=True)
+    return {"gain": gain, "cores_gain": spread([one / together for one, together in pairs]), "runs": runs}
 
 
 def memory(bench: Bench) -> Json:
@@ -773,7 +818,7 @@ def memory(bench: Bench) -> Json:
 # --- claims and results --------------------------------------------------------------------------------------------
 
 
-def claims(by_workers: dict[str, Json], floor: Json, used: Json) -> list[Json]:
+def claims(by_workers: dict[str, Json], floor: Json, scaled: Json, used: Json) -> list[Json]:
     """Each claim with its figure and whether it holds; None where it was not measured."""
 
     def claim(text: str, values: Sequence[float | None], limit: float, *, at_most: bool = False) -> Json:
@@ -789,7 +834,7 @@ def claims(by_workers: dict[str, Json], floor: Json, used: Json) -> list[Json]:
         return [median((found["ours_over"][peer] or {"steady": None})["steady"]) for found in by_workers.values()]
 
     many = max(map(int, by_workers))
-    ideal = min(float(many), median(floor.get("cores_gain")) or float(many))
+    ideal = min(float(many), median(scaled.get("cores_gain")) or float(many))
     return [
         claim("times the speed of the pool of Hugging Face tokenizers, the design of Megatron's default tool", over("pool"), 40),
         claim("times the speed of Megatron's own tool", over("megatron"), 40),
@@ -797,7 +842,7 @@ def claims(by_workers: dict[str, Json], floor: Json, used: Json) -> list[Json]:
         claim("of the floor's speed, by CPU time, one worker", [median(floor["cpu_share"])], 0.85),
         claim("of the floor's speed, by wall time, one worker", [median(floor["wall_share"])], 0.85),
         claim("MiB in the largest process", [used["mib"]], 400, at_most=True),
-        claim(f"times the speed with {many} workers of that with one", [median(floor.get("gain"))], NEARLY_LINEAR * ideal),
+        claim(f"times the speed with {many} workers of that with one", [median(scaled.get("gain"))], NEARLY_LINEAR * ideal),
     ]
 
 
@@ -818,8 +863,8 @@ def report_lines(found: Json) -> Iterator[str]:
         yield f"{workers:>7}  ours by its own account, MB/s: {_shown(part['rates']['ours']['accounted_mb_s'], 1)}"
         for name in (name for name in PEERS if name not in part["rates"]):
             yield f"{workers:>7}  {name}: not measured"
-    if "gain" in found["floor"]:
-        gain, cores = (_shown(found["floor"][name], 2) for name in ("gain", "cores_gain"))
+    if found["scaling"]:
+        gain, cores = (_shown(found["scaling"][name], 2) for name in ("gain", "cores_gain"))
         yield f"all workers over one: {gain}; separate processes on the same cores: {cores}"
     for clock in ("cpu", "wall"):
         each = ", ".join(f"{name} {_shown(value, 2)}" for name, value in found["floor"][f"{clock}_s_per_gb"].items())
@@ -846,6 +891,7 @@ def measure(bench: Bench) -> Json:
     checked = gate(bench)
     by_workers = {str(number): compare(bench, turns(bench, number, peers), peers) for number in options.workers}
     floor = floor_share(bench, floor_turns(bench))
+    scaled = scaling(scaling_turns(bench))
     used = memory(bench)
     found = surroundings() | {
         "claim": CLAIM,
@@ -853,7 +899,7 @@ def measure(bench: Bench) -> Json:
         "settings": {
             name: value
             for name, value in vars(options).items()
-            if name in ("repeats", "floor_repeats", "subset_mb", "text_mb", "memory_mb")
+            if name in ("repeats", "floor_repeats", "floor_groups", "subset_mb", "text_mb", "memory_mb")
         },
         "corpus": _contents(prepared["shards"]) | {"format": options.format, "repeated_dropped": prepared["repeated"]},
         "subset": _contents(prepared["subset"]),
@@ -861,8 +907,9 @@ def measure(bench: Bench) -> Json:
         "gate": checked,
         "by_workers": by_workers,
         "floor": floor,
+        "scaling": scaled,
         "memory": used,
-        "claims": claims(by_workers, floor, used),
+        "claims": claims(by_workers, floor, scaled, used),
     }
     return dict(without_paths(found))
 
@@ -907,7 +954,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--shards", type=int, default=8, help="number of shards")
     add("--workers", default="1,2", help="numbers of workers, parted by commas")
     add("--repeats", type=int, default=5, help="turns of all contestants")
-    add("--floor_repeats", type=int, default=15, help="turns of ours and the floor")
+    add("--floor_repeats", type=int, default=9, help="turns of ours and the floor")
+    add("--floor_groups", type=int, default=4, help="shares of the shards that ours and the floor take turns on")
     add("--subset_mb", type=float, default=20, help="text for the peers")
     add("--memory_mb", type=float, default=1000, help="text for the memory figure; derived where there is less")
     add("--datatrove_python", type=Path, help="Python interpreter that has datatrove, where this one does not")
@@ -923,8 +971,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"no such file: {missing[0] if missing else 'shared web text'}; give --inputs and --tokenizer")
     if options.workers[0] < 1 or options.workers[-1] > len(os.sched_getaffinity(0)):
         parser.error(f"--workers: found {options.workers}, expected 1 to {len(os.sched_getaffinity(0))}, the cores of this process")
-    if min(options.repeats, options.floor_repeats) < 1 or options.shards < options.workers[-1]:
-        parser.error("--repeats and --floor_repeats are at least 1, and --shards at least the largest number of workers")
+    if min(options.repeats, options.floor_repeats, options.floor_groups) < 1:
+        parser.error("--repeats, --floor_repeats and --floor_groups are at least 1")
+    if options.shards < max(options.workers[-1], options.floor_groups):
+        parser.error(f"--shards: found {options.shards}, expected at least --floor_groups and the largest number of workers")
     return options
 
 

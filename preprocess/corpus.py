@@ -339,7 +339,6 @@ class _MakeWriter:
     tokenizer_dir: Path
     engine: EngineName
     vocab_size: int
-    end_of_document: int
     difference: Path = field(kw_only=True)
     alone: bool = field(kw_only=True)
     told: Callable[[int], None] | None = field(default=None, kw_only=True)
@@ -352,7 +351,7 @@ class _MakeWriter:
         if engine is None:
             tokenizer, _ = open_tokenizer(self.tokenizer_dir, special_token_text=self.settings.special_token_text)
             engine = open_engine(tokenizer, self.engine)
-        writer = PartWriter(self.folder, self.settings, engine, vocab_size=self.vocab_size, end_of_document=self.end_of_document, stop=stop)
+        writer = PartWriter(self.folder, self.settings, engine, vocab_size=self.vocab_size, stop=stop)
         told = self.told or (lambda documents: None)
 
         mark = None if self.alone else hold_worker_lock(self.folder.parent)
@@ -405,7 +404,6 @@ def _tokenize_mine(job: _Job, engine: EngineName, opened: list[CheckedEngine | L
         job.tokenizer_dir,
         engine,
         job.tokenizer.vocab_size,
-        job.tokenizer.end_of_document,
         difference=_difference_file(job),
         alone=job.alone(workers),
         told=(lambda documents: job.progress(int(finished_bytes), f"{documents:,} documents")) if workers <= 1 else None,

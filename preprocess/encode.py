@@ -6,6 +6,7 @@ texts (:func:`choose_engine`), and the library then goes on checking a sample of
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -56,8 +57,16 @@ class Engine(Protocol):
 
     name: str
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
-        """Ids [N] of all texts one after the other, and offsets [D+1] of where each begins. No end-of-document ids are put."""
+    def encode(self, texts: Sequence[str], *, ends: bool = False) -> tuple[Ids, Offsets]:
+        """Ids of texts.
+
+        Args:
+            texts: D of them.
+            ends: put the end-of-document id after each text that has tokens, as Megatron does.
+
+        Returns:
+            Ids [N] of all texts one after the other, and offsets [D + 1] of where each begins.
+        """
 
 
 class LibraryEngine:
@@ -68,9 +77,11 @@ class LibraryEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+    def encode(self, texts: Sequence[str], *, ends: bool = False) -> tuple[Ids, Offsets]:
         """See :class:`Engine`."""
         rows = self._tokenizer.encode_batch(texts)
+        if ends:
+            rows = [np.append(row, self._tokenizer.end_of_document) if len(row) else row for row in rows]
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         ids = np.concatenate(rows).astype(np.uint32) if rows else np.zeros(0, np.uint32)
@@ -97,16 +108,41 @@ class FastokensEngine:
         try:
             with _panics_as_errors():
                 # of the library's own state, not of the file: the end-of-document token may have been made special since
-                self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer.library.to_str())
+                self._tokenizer = fastokens.Tokenizer.from_json_str(_with_end(tokenizer))
         except Exception as error:
             raise EngineUnavailableError(f"fastokens cannot read this tokenizer ({error})") from error
         self._as_text = tokenizer.special_token_text == "text"
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+    def encode(self, texts: Sequence[str], *, ends: bool = False) -> tuple[Ids, Offsets]:
         """See :class:`Engine`."""
         with _panics_as_errors():
-            ids, offsets = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=False, split_special_tokens=self._as_text)
-        return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
+            raw = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=ends, split_special_tokens=self._as_text)
+        ids, offsets = np.frombuffer(raw[0], "<u4"), np.frombuffer(raw[1], "<u8").astype(np.int64)
+        return _without_lone_ends(ids, offsets) if ends else (ids, offsets)
+
+
+def _with_end(tokenizer: HuggingFaceTokenizer) -> str:
+    """The tokenizer as JSON, in which the only special token that is added is the end-of-document token behind a text."""
+    state = json.loads(tokenizer.library.to_str())
+    name = str(tokenizer.library.id_to_token(tokenizer.end_of_document))
+    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": name, "type_id": 0}}
+    state["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [text, end],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [tokenizer.end_of_document], "tokens": [name]}},
+    }
+    return json.dumps(state)
+
+
+def _without_lone_ends(ids: Ids, offsets: Offsets) -> tuple[Ids, Offsets]:
+    """Take out the ends of texts that have no tokens."""
+    lengths = np.diff(offsets)
+    if not (lengths == 1).any():
+        return ids, offsets
+    kept = np.ones(len(ids), bool)
+    kept[offsets[:-1][lengths == 1]] = False
+    return ids[kept], np.append(0, np.cumsum(np.where(lengths == 1, 0, lengths)))
 
 
 @contextmanager
@@ -136,20 +172,21 @@ class CheckedEngine:
         self._fast = fast
         self._reference = reference
 
-    def encode(self, texts: Sequence[str], first: int = 0) -> tuple[Ids, Offsets]:
+    def encode(self, texts: Sequence[str], *, ends: bool = False, first: int = 0) -> tuple[Ids, Offsets]:
         """See :class:`Engine`.
 
         Args:
             texts: the texts.
+            ends: see there.
             first: the first one's number.
 
         Raises:
             EngineDifferenceError: the library gives other ids for a text of the sample, or the fast engine failed.
         """
-        ids, offsets = self._encode_fast(texts)
+        ids, offsets = self._encode_fast(texts, ends)
         sample = range(-first % CHECK_ONE_IN, len(texts), CHECK_ONE_IN)
         short = [place for place in sample if len(texts[place]) <= CHECKED_CHARACTERS]
-        self._compare([texts[place] for place in short], [ids[offsets[place] : offsets[place + 1]] for place in short])
+        self._compare([texts[place] for place in short], [ids[offsets[place] : offsets[place + 1]] for place in short], ends)
         if len(short) < len(sample):
             self.check([texts[place] for place in sample if len(texts[place]) > CHECKED_CHARACTERS])
         return ids, offsets
@@ -161,12 +198,11 @@ class CheckedEngine:
             EngineDifferenceError: as above.
         """
         texts = [text[:CHECKED_CHARACTERS] for text in texts]
-        ids, offsets = self._encode_fast(texts)
-        self._compare(texts, _rows(ids, offsets))
+        self._compare(texts, _rows(*self._encode_fast(texts, True)), True)
 
-    def _encode_fast(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+    def _encode_fast(self, texts: Sequence[str], ends: bool) -> tuple[Ids, Offsets]:
         try:
-            ids, offsets = self._fast.encode(texts)
+            ids, offsets = self._fast.encode(texts, ends=ends)
         except Exception as error:
             raise _failure(self._fast, self._reference, texts, error) from error
         ends = len(offsets) == len(texts) + 1 and offsets[0] == 0 and offsets[-1] == len(ids)
@@ -174,8 +210,8 @@ class CheckedEngine:
             raise EngineDifferenceError(self.name, "", f"offsets that do not fit {len(texts)} texts of {len(ids)} ids", [])
         return ids, offsets
 
-    def _compare(self, texts: Sequence[str], found: Sequence[Ids]) -> None:
-        expected = _rows(*self._reference.encode(texts))
+    def _compare(self, texts: Sequence[str], found: Sequence[Ids], ends: bool) -> None:
+        expected = _rows(*self._reference.encode(texts, ends=ends))
         for text, mine, theirs in zip(texts, found, expected, strict=True):
             if not np.array_equal(mine, theirs):
                 raise _difference(self._fast, self._reference, text, mine.tolist(), theirs.tolist())

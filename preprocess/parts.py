@@ -240,39 +240,30 @@ class _SplitWriter:
         )
 
 
-def with_ends(
-    ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64], end_of_document: int, dtype: np.dtype[Any]
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-    """Put the end-of-document id after each document that has tokens, as Megatron does.
-
-    Args:
-        ids: [N], documents one after the other. offsets: [D + 1], where each begins.
-
-    Returns:
-        Ids in the dtype that they are stored in, and the number of tokens of each document [D].
+def _as_stored(ids: npt.NDArray[np.uint32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Ids in the dtype that they are stored in.
 
     Raises:
         ValueError: an id that the dtype cannot hold; it would wrap silently.
     """
-    lengths = np.diff(offsets)
     if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
         raise ValueError(f"token id {int(ids.max())} does not fit {dtype}")
-    lengths = lengths + (lengths > 0)
-    out = np.empty(int(lengths.sum()), dtype)
-    ends = np.cumsum(lengths)[lengths > 0] - 1
-    is_text = np.ones(len(out), bool)
-    is_text[ends] = False
-    out[is_text] = ids
-    out[ends] = end_of_document
-    return out, lengths.astype(np.int32)
+    return ids.astype(dtype)
+
+
+def _without_ends(ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """Take the last id from each document that has any."""
+    lengths = np.diff(offsets)
+    kept = np.ones(len(ids), bool)
+    kept[offsets[1:][lengths > 0] - 1] = False
+    return ids[kept], np.append(0, np.cumsum(lengths - (lengths > 0)))
 
 
 class PartWriter:
     """Tokenizes parts into the folder of unfinished work; one object a process."""
 
-    def __init__(self, folder: Path, settings: PartSettings, engine: Engine, *, vocab_size: int, end_of_document: int, stop: Stop) -> None:
+    def __init__(self, folder: Path, settings: PartSettings, engine: Engine, *, vocab_size: int, stop: Stop) -> None:
         self._folder, self._settings, self._engine, self._stop = folder, settings, engine, stop
-        self._end_of_document = end_of_document
         self._encoded = 0  # documents of the part
         self._dtype = token_dtype(vocab_size)
         metadata = [pa.field(name, pa.string()) for name in settings.reading.metadata_fields]
@@ -332,15 +323,17 @@ class PartWriter:
             texts = block.texts if whole else [block.texts[row] for row in chosen]
             ids, offsets = self._encode(texts)
             columns = [pa.array(column if whole else [column[row] for row in chosen], pa.string()) for column in block.metadata]
-            columns.append(pa.array(np.diff(offsets).astype(np.int32)))
+            lengths = np.diff(offsets).astype(np.int32)
+            columns.append(pa.array(lengths - (lengths > 0)))
             if self._settings.features:
-                more, counts = feature_columns(self._settings.features, [text.encode() for text in texts], ids, offsets)
+                more, counts = feature_columns(self._settings.features, [text.encode() for text in texts], *_without_ends(ids, offsets))
                 columns += more
                 if counts is not None:
                     np.add.at(ngrams[split], counts.buckets, counts.counts)
-            stored, lengths = with_ends(ids, offsets, self._end_of_document, self._dtype)
-            writers[split].write(stored, lengths, columns)
+            writers[split].write(_as_stored(ids, self._dtype), lengths, columns)
 
     def _encode(self, texts: list[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         first, self._encoded = self._encoded, self._encoded + len(texts)
-        return self._engine.encode(texts, first) if isinstance(self._engine, CheckedEngine) else self._engine.encode(texts)
+        if isinstance(self._engine, CheckedEngine):
+            return self._engine.encode(texts, ends=True, first=first)
+        return self._engine.encode(texts, ends=True)

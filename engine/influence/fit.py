@@ -21,6 +21,7 @@ from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
 from mates.engine.influence.encoder import InfluenceEncoder, encoder_inputs, load_encoder, new_encoder
 from mates.engine.influence.inputs import EncoderBatch, EncoderInputs, Retokenized
+from mates.engine.influence.ngrams import curve_line, label_curve
 from mates.engine.layout import layout_of
 from mates.engine.probe.stage import label_weights, read_labels
 from mates.engine.progress import Progress, say
@@ -109,7 +110,9 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     run.train(f"fit {method} stage {stage}")
     predicted = run.predict(np.arange(len(ids)))
     _save(request.directory, run, reader, ids, predicted)
+    curve = label_curve(run.windows, values, run.parts, recipe.seed, stage)
     info = run.info(predicted) | {
+        "label_curve": curve,
         "encoder_shape": asdict(model.shape()),
         "references": labels.info["references"],
         "warm_started": parent is not None,
@@ -117,7 +120,7 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     cost = Cost(flops=run.flops, seconds=time.perf_counter() - start, tokens=run.tokens)
     result = request.commit(info=info, cost=cost)
     shown = ", ".join(f"{name} {'undefined' if value is None else f'{value:.3f}'}" for name, value in info["agreement"]["test"].items())
-    say(f"fit {method} stage {stage}: on {info['labels']['test']} test labels {shown}")
+    say(f"fit {method} stage {stage}: on {info['labels']['test']} test labels {shown}; {curve_line(curve)}")
     return result
 
 

@@ -37,6 +37,8 @@ def options(tmp_path: Path, texts: list[str], bpe_dir: Path, monkeypatch: pytest
         "1",
         "--floor_repeats",
         "1",
+        "--floor_groups",
+        "2",
         "--subset_mb",
         "0.05",
         "--memory_mb",
@@ -67,7 +69,7 @@ def test_every_figure_is_there(options: list[str], texts: list[str], capsys: pyt
     assert [len(found["floor"]["runs"][name]) for name in (*FLOOR, "ours", "ours with metadata")] == [1] * 6
     assert found["memory"]["text_bytes"] == found["corpus"]["text_bytes"] + found["memory"]["derived_text_bytes"] >= 0.5e6
     assert found["memory"]["mib"] > 10
-    assert "gain" not in found["floor"]
+    assert found["scaling"] == {}
     assert len(found["gate"]["digests"]["shards"]) == 64
     assert [claim["holds"] for claim in found["claims"] if "Megatron's own" in claim["claim"]] == [None]
     assert [claim["holds"] for claim in found["claims"] if "workers of that" in claim["claim"]] == [None]
@@ -148,8 +150,8 @@ def by_workers(pool: float) -> dict[str, Any]:
 
 def test_claims_hold_by_their_worst_figure() -> None:
     def holds(pool: float, cpu: float, gain: float, mib: float) -> list[bool | None]:
-        floor = {"cpu_share": {"median": cpu}, "wall_share": {"median": 0.9}, "gain": {"median": gain}}
-        return [claim["holds"] for claim in claims(by_workers(pool), floor, {"mib": mib})]
+        floor = {"cpu_share": {"median": cpu}, "wall_share": {"median": 0.9}}
+        return [claim["holds"] for claim in claims(by_workers(pool), floor, {"gain": {"median": gain}}, {"mib": mib})]
 
     assert holds(41, 0.86, 1.9, 390) == [True, None, None, True, True, True, True]
     assert holds(39, 0.84, 1.7, 410) == [False, None, None, False, True, False, False]
@@ -157,4 +159,4 @@ def test_claims_hold_by_their_worst_figure() -> None:
 
 def test_a_claim_without_a_figure_is_not_measured() -> None:
     floor = {"cpu_share": None, "wall_share": {"median": 0.9}}
-    assert [claim["holds"] for claim in claims(by_workers(41), floor, {"mib": 390})] == [True, None, None, None, True, True, None]
+    assert [claim["holds"] for claim in claims(by_workers(41), floor, {}, {"mib": 390})] == [True, None, None, None, True, True, None]

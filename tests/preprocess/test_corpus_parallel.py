@@ -460,9 +460,9 @@ def test_the_library_takes_over_from_a_wrong_engine(
     """Found late, in a document that is checked by the way: everything is done again by the library, and stays so after a kill."""
     right = encode.FastokensEngine.encode
 
-    def wrong(self: encode.FastokensEngine, texts: Sequence[str]) -> tuple[encode.Ids, encode.Offsets]:
+    def wrong(self: encode.FastokensEngine, texts: Sequence[str], *, ends: bool = False) -> tuple[encode.Ids, encode.Offsets]:
         """A wrong id for one text, which is neither among the edge texts nor the first documents."""
-        ids, offsets = right(self, texts)
+        ids, offsets = right(self, texts, ends=ends)
         ids = ids.copy()
         for row, text in enumerate(texts):
             if text.startswith("2.600 "):

@@ -224,6 +224,33 @@ def test_special_token_text_follows_the_policy(served: tuple[str, Path], policy:
         assert [ids.count(end) for ids in found] == ([0] * 5 if policy == "text" else [1, 2, 1, 0, 0])
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_ends_follow_texts_that_have_tokens(served: tuple[str, Path], texts: list[str], policy: SpecialTokenText) -> None:
+    tokenizer = load_tokenizer(served[1], END, policy)
+    some = ["", *texts[:20], END, f"a{END}", "", "\n", ""]
+    expected = [row + [tokenizer.end_of_document] * bool(row) for row in rows(LibraryEngine(tokenizer).encode(some))]
+    for engine in (FastokensEngine(tokenizer), LibraryEngine(tokenizer)):
+        assert rows(engine.encode(some, ends=True)) == expected
+        assert rows(engine.encode(["", ""], ends=True)) == [[], []]
+        assert rows(engine.encode([], ends=True)) == []
+
+
+def test_a_wrong_end_is_a_difference(tokenizer: Tokenizer) -> None:
+    class OtherEnd(LibraryEngine):
+        name = "other end"
+
+        def encode(self, texts: Sequence[str], *, ends: bool = False) -> tuple[Ids, Offsets]:
+            ids, offsets = super().encode(texts, ends=ends)
+            ids[-1] += ends
+            return ids, offsets
+
+    choice = choose_engine(tokenizer, Path("here"), OtherEnd)
+    assert choice.alarm
+    assert "engine other end" in choice.why
+    with pytest.raises(EngineDifferenceError, match="engine other end: text 'one two'"):
+        CheckedEngine(OtherEnd(tokenizer), LibraryEngine(tokenizer)).encode(["one two"], ends=True)
+
+
 def test_an_end_token_that_the_file_does_not_call_special(tmp_path: Path, trained: dict[str, Path]) -> None:
     raw = json.loads((trained["neox kind"] / "tokenizer.json").read_text())
     raw["added_tokens"][0]["special"] = False
@@ -307,8 +334,8 @@ class Wrong:
         self.right = LibraryEngine(tokenizer)
         self.hit = hit
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
-        ids, offsets = self.right.encode(texts)
+    def encode(self, texts: Sequence[str], *, ends: bool = False) -> tuple[Ids, Offsets]:
+        ids, offsets = self.right.encode(texts, ends=ends)
         for text, end in zip(texts, offsets[1:], strict=True):
             if self.hit(text):
                 self.spoil(ids, int(end))
@@ -324,8 +351,8 @@ class Raises(Wrong):
 
 
 class Misplaces(Wrong):
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
-        ids, offsets = super().encode(texts)
+    def encode(self, texts: Sequence[str], *, ends: bool = False) -> tuple[Ids, Offsets]:
+        ids, offsets = super().encode(texts, ends=ends)
         return ids, offsets[:-1]
 
 
@@ -338,9 +365,9 @@ class Recorder:
         self.engine = engine
         self.seen: list[str] = []
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+    def encode(self, texts: Sequence[str], *, ends: bool = False) -> tuple[Ids, Offsets]:
         self.seen += texts
-        return self.engine.encode(texts)
+        return self.engine.encode(texts, ends=ends)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +404,7 @@ def test_one_text_in_4096_is_checked_whatever_the_batches(tokenizer: Tokenizer) 
         fast = Wrong(tokenizer, lambda text: False)
         reference = Recorder(LibraryEngine(tokenizer))
         engine = CheckedEngine(fast, reference)
-        found = [row for start in range(0, len(texts), size) for row in rows(engine.encode(texts[start : start + size], start))]
+        found = [row for start in range(0, len(texts), size) for row in rows(engine.encode(texts[start : start + size], first=start))]
         assert reference.seen == expected
         assert engine.checked == len(expected)
         assert (engine.name, len(found)) == ("wrong", len(texts))
