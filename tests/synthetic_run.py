@@ -150,7 +150,15 @@ def _probe(recipe: Recipe, request: Request, method: str, stage: int) -> dict[st
     pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
     ids, nats = probed_samples(recipe, pool.samples, stage), influences(recipe, stage)
     pq.write_table(pa.table({"sample_id": ids, influence_column(REFERENCE): nats}), request.directory / LABELS_FILE)
-    return {"samples": len(ids), "references": [REFERENCE]}
+    return {"samples": len(ids), "references": [REFERENCE], "method": "linear", "fidelity": fidelity(stage)}
+
+
+def fidelity(stage: int) -> dict[str, Any]:
+    """The comparison with exact influences that a stage's labels are given."""
+    rank, line = ({"value": value - stage / 100, "low": value - 0.1, "high": value} for value in (0.95, 0.96))
+    methods: dict[str, Any] = {"linear": {REFERENCE: {"spearman": rank, "pearson": line}}}
+    methods["sgd"] = {REFERENCE: {"spearman": None, "pearson": None}}
+    return {"method": "linear", "samples": 32, "methods": methods, "reliability": {REFERENCE: rank}}
 
 
 def _fit(recipe: Recipe, request: Request, method: str, stage: int) -> dict[str, Any]:
@@ -168,6 +176,10 @@ def _fit(recipe: Recipe, request: Request, method: str, stage: int) -> dict[str,
         "label_mean_nats": float(train.mean()),
         "label_sd_nats": float(train.std()),
         "agreement": {"test": agreement(predicted[test], nats[test])},
+        "label_curve": [
+            {"labels": 10 * stage, "spearman": 0.25, "pearson": 0.5},
+            {"labels": 20 * stage, "spearman": None, "pearson": None},
+        ],
     }
 
 

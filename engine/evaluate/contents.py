@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,9 +65,12 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Probes:
-    """Oracle influences [n] in nats of a stage, and the samples at both ends."""
+    """Oracle influences [n] in nats of a stage, the method that they were measured by, how faithful every method is (as the labels'
+    manifest says; None where that was not asked for), and the samples at both ends."""
 
     influence_nats: Floats
+    method: str
+    fidelity: Mapping[str, Any] | None
     helpful: list[Example]
     harmful: list[Example]
 
@@ -84,6 +88,8 @@ class Fit:
     pearson: float | None
     label_mean_nats: float
     label_sd_nats: float
+    label_curve: list[Mapping[str, float | None]]
+    """Of an n-gram model by number of training labels: ``labels``, ``spearman``, ``pearson``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +181,7 @@ def _fit(recipe: Recipe, method: str, stage: int) -> Fit:
         predicted_sd=table["predicted_sd"].to_numpy()[test].astype(np.float64),
         label_mean_nats=mean,
         label_sd_nats=sd,
+        label_curve=info["label_curve"],
         **{name: info["agreement"]["test"][name] for name in ("spearman", "pearson")},
     )
 
@@ -193,7 +200,7 @@ def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
 
 def _probes(recipe: Recipe, method: str, stage: int) -> Probes:
     layout = layout_of(recipe)
-    ids, nats, _ = read_labels(layout.labels(method, stage), label_weights(recipe))
+    ids, nats, labels = read_labels(layout.labels(method, stage), label_weights(recipe))
     order = np.lexsort((ids, nats))
     count = min(EXAMPLES, len(ids) // 2)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
@@ -214,6 +221,8 @@ def _probes(recipe: Recipe, method: str, stage: int) -> Probes:
 
     return Probes(
         influence_nats=np.asarray(nats, np.float64),
+        method=labels.info["method"],
+        fidelity=labels.info.get("fidelity"),
         helpful=[example(row) for row in order[:count]],
         harmful=[example(row) for row in order[::-1][:count]],
     )

@@ -29,10 +29,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement of one method with exact influences on one reference."""
+    """Agreement of one method with exact influences on one reference; None where it is not defined, all being alike."""
 
-    spearman: Interval
-    pearson: Interval
+    spearman: Interval | None
+    pearson: Interval | None
 
     def as_json(self) -> dict[str, Any]:
         """For manifests."""
@@ -59,14 +59,17 @@ def reliability(first: Floats, second: Floats) -> Floats:
     return whole
 
 
-def interval(measure: Callable[[Floats, Floats], Floats], first: Floats, second: Floats, seed: int) -> Interval:
-    """A measure of two columns [n] with the percentile interval of 1,000 bootstrap samples of their rows, keyed by ``seed``."""
+def interval(measure: Callable[[Floats, Floats], Floats], first: Floats, second: Floats, seed: int) -> Interval | None:
+    """A measure of two columns [n] with the percentile interval of 1,000 bootstrap samples of their rows, keyed by ``seed``.
+
+    None where the measure is not defined.
+    """
     rows = (bits(np.arange(RESAMPLES * len(first)), seed, "fidelity") % np.uint64(len(first))).astype(np.int64).reshape(RESAMPLES, -1)
     drawn = measure(first[rows], second[rows])
     drawn = drawn[np.isfinite(drawn)]  # a resample of one row many times has no correlation
     value = float(measure(first, second))
     if not len(drawn) or not np.isfinite(value):
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return None
     tail = (1 - CONFIDENCE) / 2
     return Interval(value, float(np.quantile(drawn, tail)), float(np.quantile(drawn, 1 - tail)))
 
@@ -76,9 +79,14 @@ def fidelity_of(estimate: Floats, exact: Floats, seed: int) -> Fidelity:
     return Fidelity(interval(spearman, estimate, exact, seed), interval(pearson, estimate, exact, seed))
 
 
+def shown(found: Interval | None) -> str:
+    """An interval for a terminal."""
+    return "not defined" if found is None else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
 def cheapest(methods: Sequence[str], found: Mapping[str, Sequence[Fidelity]], least: float, fallback: str) -> str:
     """The first of ``methods``, in order of cost, whose Spearman's lower bound is at least ``least`` on every reference."""
     for method in methods:
-        if all(one.spearman.low >= least for one in found[method]):
+        if all(one.spearman is not None and one.spearman.low >= least for one in found[method]):
             return method
     return fallback

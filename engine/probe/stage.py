@@ -24,7 +24,7 @@ from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
 from mates.engine.pretrain.model import build_empty, build_model, model_config, padded_vocabulary
 from mates.engine.pretrain.shapes import resolve_shape
-from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, reliability
+from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, reliability, shown
 from mates.engine.probe.methods import make_setting
 from mates.engine.probe.prober import ESTIMATES, Probed, Prober
 from mates.engine.probe.shards import Rows, Shards
@@ -259,7 +259,7 @@ class _Job:
             "method": chosen,
             "samples": table.num_rows,
             "methods": {method: {name: one.as_json() for name, one in zip(self.names, row, strict=True)} for method, row in found.items()},
-            "reliability": {name: asdict(one) for name, one in zip(self.names, oracle, strict=True)},
+            "reliability": {name: one and asdict(one) for name, one in zip(self.names, oracle, strict=True)},
         }
 
     def commit(self, ids: npt.NDArray[np.int64], by: str, report: Mapping[str, Any], baseline: Sequence[float], cost: Cost) -> Manifest:
@@ -330,17 +330,11 @@ def _joined(folder: Path, ids: npt.NDArray[np.int64]) -> pa.Table:
     return table
 
 
-def _lines(found: Mapping[str, Sequence[Fidelity]], oracle: Sequence[Interval], names: Sequence[str], samples: int) -> Iterator[str]:
+def _lines(found: Mapping[str, Sequence[Fidelity]], oracle: Sequence[Interval | None], names: Sequence[str], samples: int) -> Iterator[str]:
     for number, name in enumerate(names):
-        whole = oracle[number]
-        yield (
-            f"probe: {name}: agreement with exact influences on {samples} samples "
-            f"(the oracle's own reliability: {whole.value:.3f}, {whole.low:.3f} to {whole.high:.3f})"
-        )
+        yield f"probe: {name}: agreement with exact influences on {samples} samples (their own reliability: {shown(oracle[number])})"
         for method, row in found.items():
-            rank, linear = row[number].spearman, row[number].pearson
-            shown = f"Spearman {rank.value:.3f} ({rank.low:.3f} to {rank.high:.3f}), Pearson {linear.value:.3f}"
-            yield f"probe:   {method.ljust(9)} {shown}"
+            yield f"probe:   {method.ljust(9)} Spearman {shown(row[number].spearman)}, Pearson {shown(row[number].pearson)}"
 
 
 def label_weights(recipe: Recipe) -> dict[str, float]:

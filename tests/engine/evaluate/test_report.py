@@ -131,6 +131,18 @@ def test_stages_show_influences_agreement_scores_and_examples(complete: Recipe, 
         assert f"100 of 200 candidates selected. Mean score {chosen} SD of the selected, {offered} SD" in words
 
 
+def test_stages_show_how_faithful_the_labels_are(html: str) -> None:
+    table, words = rows(html), Page(html).words
+    assert table["linear (taken)"] == [REFERENCE, "0.940 (0.850 to 0.950)", "0.950 (0.860 to 0.960)"]
+    assert table["sgd"] == [REFERENCE, "not defined", "not defined"]
+    assert (
+        f"On 32 samples, with 95% bootstrap intervals. Labels were taken by linear. The exact influences' own reliability, from two "
+        f"halves of the reference: {REFERENCE} 0.940 (0.850 to 0.950) ." in words
+    )
+    for stage in (1, 2):
+        assert f"an n-gram model has Spearman {signed(0.25)} ({10 * stage}), undefined ({20 * stage}): a rise" in words
+
+
 def test_text_of_the_corpus_never_becomes_markup(html: str) -> None:
     assert EVIL not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
@@ -174,7 +186,7 @@ def test_figures_take_the_pages_colours(html: str) -> None:
 def test_many_points_become_a_picture_inside_the_figure() -> None:
     normal = np.random.default_rng(0).normal(size=(2, RASTER_POINTS + 1))
     correlations = {"spearman": 0.0, "pearson": 0.0}
-    fit = Fit(oracle_sd=normal[0], predicted_sd=normal[1], label_mean_nats=0.0, label_sd_nats=1.0, **correlations)
+    fit = Fit(oracle_sd=normal[0], predicted_sd=normal[1], label_mean_nats=0.0, label_sd_nats=1.0, label_curve=[], **correlations)
     figure = agreement_figure("many", fit, 1)
     assert len(figure) < 200_000
     pictures = [value for tag, name, value in Page(figure).attributes if (tag, name) == ("image", "xlink:href")]

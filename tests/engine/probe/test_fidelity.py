@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, pearson, reliability, spearman
+from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, pearson, reliability, shown, spearman
 
 
 def columns(n: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +39,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         first = generator.standard_normal(40)
         second = 0.8 * first + 0.6 * generator.standard_normal(40)
         found = interval(pearson, first, second, seed=number)
+        assert found is not None
         assert found.low <= found.value <= found.high
         covered += found.low <= 0.8 <= found.high
     assert 0.88 <= covered / 200 <= 0.99
@@ -52,7 +53,11 @@ def test_equal_seeds_give_equal_intervals() -> None:
 
 def test_a_constant_column_has_no_correlation() -> None:
     first, _ = columns(20, 1.0)
-    assert np.isnan(interval(spearman, first, np.zeros(20), seed=0).value)
+    assert interval(spearman, first, np.zeros(20), seed=0) is None
+    found = fidelity_of(np.zeros(20), first, seed=0)
+    assert found.as_json() == {"spearman": None, "pearson": None}
+    assert shown(found.spearman) == "not defined"
+    assert cheapest(["linear"], {"linear": [found]}, -1.0, "exact") == "exact"
 
 
 def fidelity(low: float) -> Fidelity:
