@@ -197,13 +197,13 @@ def exact_probe() -> dict[str, Any]:
     return found
 
 
-def probe_throughput(preset: str) -> dict[str, Any]:
+def probe_throughput(preset: str, precision: str) -> dict[str, Any]:
     """Probes a second by every method and by the published way, of a Pythia shape at 1,024 tokens with 1,024 reference items."""
     import probe_throughput as benchmark
 
     options = benchmark.parse(
         f"--device cuda --preset {preset} --samples 32 --one_by_one 4 --batch 8 --reference_batch_tokens 65536".split()
-        + f"--repeats {1 if preset == 'pythia-1b' else 3}".split()
+        + f"--precision {precision} --repeats {1 if preset == 'pythia-1b' else 3}".split()
     )
     with tempfile.TemporaryDirectory() as folder:
         return dict(benchmark.measure(options, Path(folder)))
@@ -238,9 +238,11 @@ PARTS: dict[str, Part] = {
     "adamw": adamw,
     "sample-gradients": sample_gradients,
     "exact-probe": exact_probe,
-    "throughput-70m": partial(probe_throughput, "pythia-70m"),
-    "throughput-410m": partial(probe_throughput, "pythia-410m"),
-    "throughput-1b": partial(probe_throughput, "pythia-1b"),
+    **{
+        f"throughput-{size}{suffix}": partial(probe_throughput, f"pythia-{size}", precision)
+        for size in ("70m", "410m", "1b")
+        for suffix, precision in (("", "fp32"), ("-bf16", "bf16"))
+    },
     "quickstart": quickstart,
 }
 
@@ -254,7 +256,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.list or options.part is None:
         for name, part in PARTS.items():
-            print(f"{name:<16} {(getattr(part, 'func', part).__doc__ or '').splitlines()[0]}")
+            print(f"{name:<20} {(getattr(part, 'func', part).__doc__ or '').splitlines()[0]}")
         return 0 if options.list else 2
     if not torch.cuda.is_available():
         print("gpu_suite: no CUDA GPU here; nothing was measured", file=sys.stderr)

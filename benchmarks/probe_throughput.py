@@ -13,11 +13,14 @@ Contestants, each in a process of its own on the same checkpoint, samples and re
 
 On the CPU a small model is trained first on web text of the shared data folder beside the checkout, so that fidelity can be given beside
 the rates; with ``--synthetic`` (and on a GPU by default) tokens and moments are drawn at random and there is no fidelity. Gates before any
-figure: exact equals published_memory to 1e-3 of the influences' SD, vmap equals linear to 1e-3 SD. Rates are medians over
+figure, all in fp32: exact equals published_memory to 1e-3 of the influences' SD, vmap equals linear to 1e-3 SD. Rates are medians over
 ``--repeats`` turns of all contestants; ratios are of the same turn. FLOP/s are by formula (8·N·T for linear), and are given as a share
 of the rate of a large matrix product in the same dtype measured in the same run.
 
-Writes ``probe_throughput_DEVICE_PRESET.json`` into ``--results``.
+With ``--precision bf16`` ours and the yardstick make gradients from bf16 matrix products; the published ways, vmap and the reference losses
+of exact influences stay in fp32, and fidelity is that of bf16 influences to exact ones in fp32.
+
+Writes ``probe_throughput_DEVICE_PRESET[_bf16].json`` into ``--results``.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.probe.fidelity import fidelity_of
 from mates.engine.probe.methods import make_setting
 from mates.engine.probe.prober import Prober
+from mates.engine.probe.taps import autocast
 from mates.engine.reference.batches import LabelBatch, label_batches
 from mates.engine.reference.task import IGNORED, Passage, Reference, pack
 from mates.preprocess.artifact import write_json
@@ -269,7 +273,9 @@ def contestant(world: World, name: str, folder: Path) -> Callable[[Any], list[fl
     if name == "training":
 
         def train(windows: Any) -> None:
-            next_token_loss(world.model, torch.from_numpy(windows).to(world.device)).backward()  # type: ignore[no-untyped-call]
+            with autocast(world.model, products(world)):
+                loss = next_token_loss(world.model, torch.from_numpy(windows).to(world.device))
+            loss.backward()  # type: ignore[no-untyped-call]
             world.model.zero_grad(set_to_none=True)
 
         return train
@@ -280,6 +286,11 @@ def contestant(world: World, name: str, folder: Path) -> Callable[[Any], list[fl
     return lambda windows: prober.probe(windows, [name]).influences[name][:, 0].tolist()
 
 
+def products(world: World) -> torch.dtype | None:
+    """What gradients are multiplied in, where it is not fp32."""
+    return torch.bfloat16 if world.options.precision == "bf16" else None
+
+
 def our_prober(world: World) -> Prober:
     """Ours, at this checkpoint."""
     options = world.options
@@ -287,7 +298,7 @@ def our_prober(world: World) -> Prober:
     subset = np.random.default_rng(1).permutation(world.reference.items)[: options.subset_items]
     batches = label_batches(world.reference, batch_tokens=budget, device=world.device)
     known = torch.from_numpy(world.windows[: options.batch]).to(world.device)
-    setting = make_setting(world.model, world.state, [batches], [known])
+    setting = make_setting(world.model, world.state, [batches], [known], products=products(world))
     few: list[LabelBatch] = label_batches(world.reference, batch_tokens=budget, device=world.device, items=subset)
     return Prober(setting, [few], options.batch)
 
@@ -328,15 +339,15 @@ def by_vmap(world: World) -> Callable[[Any], list[float]]:
     return probe
 
 
-def child(task: Json) -> None:
-    """One contestant in this process: its influences of all samples asked for, or its rate. Prints JSON."""
+def work(task: Json) -> Json:
+    """One contestant in this process: its influences of all samples asked for, and its seconds."""
     options, folder = parse(task["arguments"]), Path(task["folder"])
+    options.precision = task["precision"]
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     torch.backends.cuda.matmul.allow_tf32 = False
     world = load(options, folder)
     if task["name"] == "matmul":
-        print(json.dumps({"flops_per_s": matmul_rate(world.device)}))
-        return
+        return {"flops_per_s": matmul_rate(world.device, products(world) or torch.float32)}
     run = contestant(world, task["name"], folder)
     windows = world.windows[: task["samples"]]
     size = options.batch
@@ -350,13 +361,13 @@ def child(task: Json) -> None:
     seconds = time.perf_counter() - start
     memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     flat = None if values[0] is None else [value for batch in values for value in batch or ()]
-    print(json.dumps({"seconds": seconds, "samples": len(windows), "values": flat, "peak_bytes": memory}))
+    return {"seconds": seconds, "samples": len(windows), "values": flat, "peak_bytes": memory}
 
 
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large fp32 matrix product, the median of ten."""
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the median of ten."""
     size = 8192 if device.type == "cuda" else 2048
-    first, second = (torch.randn(size, size, device=device) for _ in range(2))
+    first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     rates = []
     for _ in range(11):
         _synchronise(device)
@@ -375,9 +386,12 @@ def _synchronise(device: torch.device) -> None:
 # --- measurement ---------------------------------------------------------------------------------------------------
 
 
-def run_child(options: argparse.Namespace, folder: Path, name: str, samples: int, *, values: bool = False) -> Json:
-    """A contestant in a process of its own. SystemExit 1 where it fails."""
+def run_child(
+    options: argparse.Namespace, folder: Path, name: str, samples: int, *, values: bool = False, precision: str | None = None
+) -> Json:
+    """A contestant in a process of its own, in the options' precision where no other is given. SystemExit 1 where it fails."""
     task = {"name": name, "samples": samples, "values": values, "folder": str(folder), "arguments": options.given}
+    task["precision"] = precision or options.precision
     done = subprocess.run([sys.executable, __file__, "--child", json.dumps(task)], stdout=subprocess.PIPE, check=False)
     if done.returncode:
         sys.exit(f"probe_throughput: {name} ended with {done.returncode}; nothing was written")
@@ -386,9 +400,13 @@ def run_child(options: argparse.Namespace, folder: Path, name: str, samples: int
 
 def gate(options: argparse.Namespace, folder: Path) -> Json:
     """Fidelity to exact influences; SystemExit 1 where contestants disagree about what is the same."""
-    found = {name: np.array(run_child(options, folder, name, options.samples, values=True)["values"]) for name in ("vmap", *OURS)}
+
+    def influences(name: str, samples: int, precision: str) -> Any:
+        return np.array(run_child(options, folder, name, samples, values=True, precision=precision)["values"])
+
+    found = {name: influences(name, options.samples, "fp32") for name in ("vmap", *OURS)}
     few = min(options.samples, options.one_by_one)
-    literal = np.array(run_child(options, folder, "published_memory", few, values=True)["values"])
+    literal = influences("published_memory", few, "fp32")
     spread = found["exact"].std()
     errors = {
         "exact": float(np.abs(found["exact"][:few] - literal).max() / spread),
@@ -397,7 +415,9 @@ def gate(options: argparse.Namespace, folder: Path) -> Json:
     for name, bound in (("exact", EXACT_BOUND), ("linear", LINEAR_BOUND)):
         if not errors[name] <= bound:
             sys.exit(f"probe_throughput: gate: {name} is off by {errors[name]:.2e} SD, allowed {bound:.0e}; nothing was written")
-    fidelity = {name: fidelity_of(values, found["exact"], 0).as_json() for name, values in found.items() if name not in ("exact", "vmap")}
+    measured = found if options.precision == "fp32" else {name: influences(name, options.samples, options.precision) for name in OURS}
+    known = {name: values for name, values in measured.items() if name != "vmap" and values is not found["exact"]}
+    fidelity = {name: fidelity_of(values, found["exact"], 0).as_json() for name, values in known.items()}
     return {"errors_sd": errors, "fidelity": None if options.synthetic else fidelity, "samples": options.samples}
 
 
@@ -495,6 +515,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch", type=int, default=4, help="samples in one pass")
     add("--steps", type=int, default=100, help="training steps before probing")
     add("--reference_batch_tokens", type=int, default=8192, help="padded tokens in one pass over the reference")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the products that gradients are made of")
     add("--repeats", type=int, default=3, help="turns")
     add("--threads", type=int, default=0, help="threads on the CPU; 0 takes all cores")
     add("--synthetic", action=argparse.BooleanOptionalAction, help="random tokens and moments; by default on a GPU")
@@ -512,12 +533,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["--child"]:
-        child(json.loads(given[1]))
+        print(json.dumps(work(json.loads(given[1]))))
         return 0
     options = parse(given)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder))
-    name = f"probe_throughput_{options.device}_{options.preset or 'small'}.json"
+    precision = "" if options.precision == "fp32" else f"_{options.precision}"
+    name = f"probe_throughput_{options.device}_{options.preset or 'small'}{precision}.json"
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in found["settings"].items()}
     write_json(options.results / name, without_paths(found | {"settings": settings}))
     print("\n".join(lines(found)))

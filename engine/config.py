@@ -329,8 +329,9 @@ class ProbeConfig:
     """Probe the end of the evaluation's decay branch instead of the checkpoint itself (the paper's way). Under a constant learning rate
     the reference gradient of a small model is mostly what its last batches disturbed; the branch takes that away. Its steps are billed
     to the probe."""
-    precision: Literal["fp32", "fp64"] = "fp32"
-    """Arithmetic of the probe."""
+    precision: Literal["bf16", "fp32", "fp64"] = "fp32"
+    """Arithmetic of the probe. ``bf16``: the matrix products of gradients, as in training; weights, moments, the optimizer step and the
+    reference losses of exact influences stay in fp32."""
     fidelity_samples: int = 32
     """Samples on which every method is compared with exact influences, at every checkpoint (of ``samples``, so no more than those); 0
     compares nothing."""
@@ -344,7 +345,8 @@ class ProbeConfig:
     """Samples in one forward and backward pass. Micro-batches form inside a chunk, so influences do not depend on the number of ranks."""
     shard_over: int = 1
     """Ranks that hold a model together, each a part of its weights, moments and reference gradients, for models that fit on no single
-    device; the number of processes is a multiple. Each such team probes samples of its own."""
+    device; the number of processes is a multiple. Each such team probes samples of its own. With ``bf16`` each rank keeps all weights in
+    bf16 while a pass lasts."""
     generic: bool = False
     """Take gradients sample by sample, for models with layers other than linear ones, embeddings and norms; slower."""
     reference_batch_tokens: int = 8192

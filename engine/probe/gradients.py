@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from mates.engine.pretrain.checkpoint import OptimizerState
+from mates.engine.pretrain.model import at_least_fp32
 from mates.engine.probe.taps import Contributions, TappedBatch
 from mates.kernels.adamw import AdamWStep
 from mates.kernels.adamw.reference import adam_update
@@ -63,7 +64,7 @@ def _squared_norms(parts: Contributions) -> torch.Tensor:
         total = total + torch.stack([sums.double().square().sum() for _, sums in rows])
         for inputs_KTD, grads_KTV in parts.dense:
             cross = [
-                ((inputs_TD @ sums_UD.T) * grads_TV[:, tokens]).double().sum()
+                ((inputs_TD @ sums_UD.T.to(inputs_TD.dtype)).double() * grads_TV[:, tokens]).sum()
                 for (tokens, sums_UD), inputs_TD, grads_TV in zip(rows, inputs_KTD, grads_KTV, strict=True)
             ]
             total = total + 2 * torch.stack(cross)
@@ -87,7 +88,10 @@ def gradient_dots(batch: TappedBatch, directions: Directions) -> torch.Tensor:
         for whole in parts.whole:
             total.append(whole.flatten(1).double() @ directions[name].flatten(1).double().T)
         for inputs_KTI, grads_KTO in parts.dense:
-            dots = [(torch.einsum("kti,oi->kto", inputs_KTI, one_OI) * grads_KTO).sum(-1).double().sum(-1) for one_OI in directions[name]]
+            wide_KTO, dots = at_least_fp32(grads_KTO), []
+            for one_OI in directions[name]:
+                moved_KTO = at_least_fp32(torch.einsum("kti,oi->kto", inputs_KTI, one_OI.to(inputs_KTI.dtype)))
+                dots.append(torch.linalg.vecdot(moved_KTO, wide_KTO).double().sum(-1))
             total.append(torch.stack(dots, 1))
         for ids_KT, grads_KTD in parts.rows:
             dots = [(one_VD[ids_KT] * grads_KTD).sum(-1).double().sum(-1) for one_VD in directions[name]]

@@ -72,6 +72,7 @@ def make_setting(
     *,
     generic: bool = False,
     shards: Shards | None = None,
+    products: torch.dtype | None = None,
 ) -> Setting:
     """Put the state's weights into ``model`` (shared, never written) and listen to its layers.
 
@@ -80,6 +81,7 @@ def make_setting(
         calibration: batches of samples that means are taken over.
         generic: take gradients sample by sample by autograd, whatever the model's layers are.
         shards: of ``model``, where ``state`` holds this rank's rows only.
+        products: dtype of the matrix products of gradients, where it is not the state's.
 
     Raises:
         UnsupportedLayerError: a layer that taps do not know.
@@ -88,8 +90,8 @@ def make_setting(
     if not shards:
         for name, parameter in model.named_parameters():
             parameter.data = state.weights[name]
-    taps = Autograd(model) if generic else Taps(model)
-    return Setting(state, taps, Oracle(model, references, shards), calibration, shards)
+    taps = Autograd(model, products) if generic else Taps(model, products)
+    return Setting(state, taps, Oracle(model, references, shards, products), calibration, shards)
 
 
 class Estimate(Protocol):

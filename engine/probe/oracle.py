@@ -23,7 +23,7 @@ from mates.engine.pretrain.checkpoint import OptimizerState
 from mates.engine.pretrain.model import LabelledLoss
 from mates.engine.probe.gradients import gradient, step_of
 from mates.engine.probe.shards import Shards
-from mates.engine.probe.taps import Contributions, TappedBatch, Taps, layers_of, one_sample
+from mates.engine.probe.taps import Contributions, TappedBatch, Taps, autocast, layers_of, one_sample
 from mates.engine.reference.batches import LabelBatch
 from mates.kernels.adamw import stepped_weight
 from mates.kernels.update_weights import updated_weights
@@ -53,10 +53,19 @@ class Losses:
 class Oracle:
     """A model's loss on one or more references, at any weights."""
 
-    def __init__(self, model: nn.Module, references: Sequence[Batches], shards: Shards | None = None) -> None:
-        """Take a model for its code, and the batches of each reference. With ``shards``, weights are this rank's rows of them."""
+    def __init__(
+        self, model: nn.Module, references: Sequence[Batches], shards: Shards | None = None, products: torch.dtype | None = None
+    ) -> None:
+        """Take a model for its code, and the batches of each reference.
+
+        Args:
+            model: of the checkpoint's shape. references: batches of each.
+            shards: of ``model``; weights are then this rank's rows of them.
+            products: of gradients, see :func:`mates.engine.probe.taps.autocast`. Losses keep the weights' dtype: influences are small
+                differences of them, which bf16 would drown in noise.
+        """
         model.eval()  # no dropout: a probe has no random part
-        self._model, self._labelled, self._shards = model, LabelledLoss(model), shards
+        self._model, self._labelled, self._shards, self._products = model, LabelledLoss(model), shards, products
         self.references = references
         self._stored = {f"{layer}.{own}".lstrip("."): name for layer, _, names in layers_of(model) for own, name in names.items()}
 
@@ -113,7 +122,8 @@ class Oracle:
         for number, batches in enumerate(self.references):
             labels = sum(len(batch.targets) for batch in batches)
             for batch in batches:
-                loss = self._label_losses(named, batch).sum() / labels
+                with autocast(self._model, self._products):
+                    loss = self._label_losses(named, batch).sum() / labels
                 for (name, _), grad in zip(leaves.items(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
                     stacks[name][number] += grad
         return stacks
@@ -127,7 +137,7 @@ class Oracle:
     def _sharded_gradients(self, weights: Mapping[str, torch.Tensor], shards: Shards) -> dict[str, torch.Tensor]:
         """This rank's rows of the gradients, through taps: autograd would make whole ones. Every rank runs all batches."""
         self._take(weights)
-        taps = Taps(self._model)
+        taps = Taps(self._model, self._products)
         stacks = self._stacks(weights)
         for number, batches in enumerate(self.references):
             labels = sum(len(batch.targets) for batch in batches)

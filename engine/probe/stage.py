@@ -36,7 +36,8 @@ from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 
 LABELS_FILE, FIDELITY_FILE = "labels.parquet", "fidelity.parquet"
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+"""Of weights, moments and losses, by ``probe.precision``."""
 
 
 def influence_column(reference_name: str) -> str:
@@ -188,7 +189,15 @@ def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence
     calibration = [
         torch.from_numpy(known[start : start + probe.micro_batch_size]).to(device) for start in range(0, len(known), probe.micro_batch_size)
     ]
-    setting = make_setting(model, state, batches, calibration, generic=probe.generic, shards=shards)
+    setting = make_setting(
+        model,
+        state,
+        batches,
+        calibration,
+        generic=probe.generic,
+        shards=shards,
+        products=torch.bfloat16 if probe.precision == "bf16" else None,
+    )
     return Prober(setting, subset, probe.micro_batch_size)
 
 

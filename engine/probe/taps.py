@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,19 +48,24 @@ class TappedBatch:
     gradients: Mapping[str, Contributions]
 
 
+def autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Matrix products in ``dtype`` where it is given; weights and sums stay as they are."""
+    return torch.autocast(next(model.parameters()).device.type, dtype) if dtype else nullcontext()
+
+
 class Autograd:
     """The gradients of any model, sample by sample: slower than :class:`Taps`, and each sample's whole gradient is held."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Take a model whose parameters are the weights that are probed."""
-        self._model = model
+    def __init__(self, model: nn.Module, products: torch.dtype | None = None) -> None:
+        """Take a model whose parameters are the weights that are probed; ``products``: see :func:`autocast`."""
+        self._model, self._products = model, products
 
     def run(self, windows: torch.Tensor) -> TappedBatch:
         """See :meth:`Taps.run`."""
         named = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         losses, rows = [], []
         for window in windows:
-            with torch.enable_grad():
+            with torch.enable_grad(), autocast(self._model, self._products):
                 loss = next_token_loss(self._model, window[None])
             rows.append(torch.autograd.grad(loss, list(named.values())))
             losses.append(loss.detach())
@@ -71,13 +76,13 @@ class Autograd:
 class Taps:
     """Listens at the layers of a model: linear layers, embeddings and norms, of GPT-NeoX, Llama and whatever is made of the same."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Take a model whose parameters are the weights that are probed.
+    def __init__(self, model: nn.Module, products: torch.dtype | None = None) -> None:
+        """Take a model whose parameters are the weights that are probed; ``products``: see :func:`autocast`.
 
         Raises:
             UnsupportedLayerError: a layer of another kind has parameters of its own.
         """
-        self._model = model
+        self._model, self._products = model, products
         self._layers: list[tuple[nn.Module, nn.Module, dict[str, str]]] = []
         for name, module, own in layers_of(model):
             if not _is_known(module, own):
@@ -108,7 +113,8 @@ class Taps:
             for module, plain, names in self._layers:
                 stack.callback(module.register_forward_hook(_listener(plain, names, gradients)).remove)
             with torch.enable_grad():
-                losses = forward()
+                with autocast(self._model, self._products):
+                    losses = forward()
                 losses.sum().backward()  # type: ignore[no-untyped-call]
         return TappedBatch(losses.detach(), gradients)
 
@@ -137,7 +143,8 @@ def one_sample(batch: TappedBatch) -> TappedBatch:
 
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
-    """[K, …, D] summed to [K, D]."""
+    """[K, …, D] summed to [K, D], in fp32 at least."""
+    values = at_least_fp32(values)
     return values if values.ndim == 2 else values.flatten(1, -2).sum(1)
 
 
@@ -167,6 +174,8 @@ def _listener(module: nn.Module, names: Mapping[str, str], gradients: dict[str, 
 
     def on_forward(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         inputs = arguments[0].detach()
+        if isinstance(module, nn.Linear):
+            inputs = inputs.to(output.dtype)  # what the product was made of, under autocast
         if not output.requires_grad:  # the first layer: nothing before it wants a gradient
             output.requires_grad_()
         output.register_hook(lambda grads: on_backward(inputs, grads))  # type: ignore[no-untyped-call]
@@ -179,7 +188,7 @@ def _listener(module: nn.Module, names: Mapping[str, str], gradients: dict[str, 
                 grads = grads.masked_fill((inputs == module.padding_idx)[..., None], 0.0)
             of("weight").rows.append((inputs, grads))
         else:
-            of("weight").whole.append(_summed(grads * module(inputs)))
+            of("weight").whole.append(_summed(at_least_fp32(grads) * module(at_least_fp32(inputs))))
         if "bias" in names:
             of("bias").whole.append(_summed(grads))
 

@@ -15,6 +15,7 @@ from mates.engine.pretrain.checkpoint import OptimizerState
 from mates.engine.pretrain.model import build_model, model_config
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.probe.methods import Estimate, Setting, make_setting
+from mates.engine.probe.prober import Prober
 from mates.engine.reference.batches import LabelBatch
 
 VOCAB, LENGTH, SAMPLES = 128, 32, 64
@@ -126,9 +127,36 @@ def wide(state: OptimizerState) -> OptimizerState:
     return dataclasses.replace(state, weights=double(state.weights), exp_avg=double(state.exp_avg), exp_avg_sq=double(state.exp_avg_sq))
 
 
-def make(model: nn.Module, state: OptimizerState, references: Sequence[LabelBatch], *, generic: bool = False) -> Setting:
-    calibration = [samples()[:8], samples()[8:12]]
-    return make_setting(copy.deepcopy(model), state, [[reference] for reference in references], calibration, generic=generic)
+def padded(reference: LabelBatch, width: int) -> LabelBatch:
+    """The same items, padded on the right."""
+    length = reference.tokens.shape[1]
+    tokens = nn.functional.pad(reference.tokens, (0, width - length))
+    return LabelBatch(tokens, reference.positions + reference.positions // length * (width - length), reference.targets, reference.items)
+
+
+METHODS = ("exact", "linear", "centred", "frozen", "sgd", "corrected")
+
+
+def calibration() -> list[torch.Tensor]:
+    """The samples that means are taken over."""
+    return [samples()[:8], samples()[8:12]]
+
+
+def make(
+    model: nn.Module,
+    state: OptimizerState,
+    references: Sequence[LabelBatch],
+    *,
+    generic: bool = False,
+    products: torch.dtype | None = None,
+) -> Setting:
+    batches = [[reference] for reference in references]
+    return make_setting(copy.deepcopy(model), state, batches, calibration(), generic=generic, products=products)
+
+
+def make_prober(setting: Setting) -> Prober:
+    """All methods; ``corrected`` is exact on the first three items of each reference."""
+    return Prober(setting, [[part(batches[0], 3)] for batches in setting.oracle.references], 8)
 
 
 def scores(setting: Setting, estimate: Estimate, windows: torch.Tensor, size: int = 8) -> np.ndarray:

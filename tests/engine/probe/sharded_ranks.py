@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import make_model, make_reference, make_state, part, samples, scores
+from cases import METHODS, calibration, make_model, make_prober, make_reference, make_state, part, samples, scores
 
 from mates.engine import distributed
 from mates.engine.pretrain.checkpoint import OptimizerState
-from mates.engine.probe.methods import Corrected, Estimate, Exact, Frozen, Linear, Sgd, make_setting, mean_step
+from mates.engine.probe.methods import make_setting
 from mates.engine.probe.shards import Rows, Shards
 
 
@@ -35,18 +35,10 @@ def main(out: Path) -> None:
         references = [make_reference(2), make_reference(5)]
         # three batches on two ranks
         batches = [[part(reference, 4), part(reference, 8, 4), part(reference, 12, 8)] for reference in references]
-        setting = make_setting(model, state, batches, [samples()[:8], samples()[8:12]], shards=shards)
-        gradients = setting.oracle.gradients(state.weights)
-        estimates: dict[str, Estimate] = {
-            "exact": Exact(setting),
-            "linear": Linear(setting, gradients),
-            "centred": Linear(setting, setting.oracle.gradients(mean_step(setting))),
-            "frozen": Frozen(setting, gradients),
-            "sgd": Sgd(setting, gradients),
-            "corrected": Corrected(setting, gradients, [[part(reference, 3)] for reference in references]),
-        }
-        for method, estimate in estimates.items():
-            found[f"{family} {method}"] = scores(setting, estimate, samples()[:16]).tolist()
+        setting = make_setting(model, state, batches, calibration(), shards=shards)
+        prober = make_prober(setting)
+        for method in METHODS:
+            found[f"{family} {method}"] = scores(setting, prober.estimate(method), samples()[:16]).tolist()
         held = sum(value.numel() for value in state.weights.values())
         gathered = sum(parameter.untyped_storage().size() for parameter in model.parameters())
         found[f"{family} held"] = [held, gathered]

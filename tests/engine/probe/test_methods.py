@@ -11,14 +11,18 @@ import torch
 from cases import (
     EPS,
     LR,
+    METHODS,
+    calibration,
     dot,
     first_order,
     influences,
     literal_steps,
     make,
     make_model,
+    make_prober,
     make_reference,
     make_state,
+    padded,
     part,
     reference_gradient,
     samples,
@@ -28,8 +32,10 @@ from cases import (
 from torch import nn
 
 from mates.engine.pretrain.checkpoint import OptimizerState
+from mates.engine.probe.fidelity import spearman
 from mates.engine.probe.gradients import squared_gradient_norms
-from mates.engine.probe.methods import Corrected, Estimate, Exact, Frozen, Linear, Sgd, mean_step
+from mates.engine.probe.methods import Exact, make_setting
+from mates.engine.probe.prober import Prober
 from mates.engine.probe.taps import Taps, UnsupportedLayerError
 from mates.engine.reference.batches import LabelBatch
 
@@ -64,15 +70,9 @@ def test_linear_and_its_kin_are_their_definitions(
     model = make_model(family, tied, dtype)
     state, windows, references = make_state(model, clip_norm), samples()[:24], [make_reference(2), make_reference(5)]
     setting = make(model, state, references, generic=generic)
-    gradients = setting.oracle.gradients(state.weights)
-    found: dict[str, Estimate] = {
-        "linear": Linear(setting, gradients),
-        "centred": Linear(setting, setting.oracle.gradients(mean_step(setting))),
-        "frozen": Frozen(setting, gradients),
-        "sgd": Sgd(setting, gradients),
-        "corrected": Corrected(setting, gradients, [[part(reference, 3)] for reference in references]),
-    }
-    values = {method: scores(setting, estimate, windows) for method, estimate in found.items()}
+    prober = make_prober(setting)
+    found = [method for method in METHODS if method != "exact"]
+    values = {method: scores(setting, prober.estimate(method), windows) for method in found}
     before, exact_state = copy.deepcopy(model).double(), wide(state)
     steps = list(literal_steps(before, exact_state, windows))  # the first 12 are the samples that means are taken over
     mean = copy.deepcopy(before)
@@ -118,12 +118,50 @@ def test_nothing_is_touched() -> None:
     before = copy.deepcopy(state)
     generator = torch.get_rng_state()
     setting = make(model, state, [make_reference()])
-    gradients = setting.oracle.gradients(state.weights)
-    for estimate in (Exact(setting), Linear(setting, gradients), Frozen(setting, gradients)):
-        scores(setting, estimate, samples()[:4])
+    prober = make_prober(setting)
+    for method in METHODS:
+        scores(setting, prober.estimate(method), samples()[:4])
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
         assert all(torch.equal(value, getattr(before, kind)[name]) for name, value in getattr(state, kind).items())
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+@FAMILIES
+@pytest.mark.parametrize("method", METHODS)
+def test_other_batches_and_padding_change_only_the_last_bits(family: str, method: str) -> None:
+    """By no more than exact influences (differences of losses) and first-order ones may be off in fp32."""
+    model = make_model(family, False, torch.float32)
+    state, reference, windows = make_state(model, 1.0), make_reference(), samples()[:24]
+    setting = make(model, state, [reference])
+    expected = scores(setting, make_prober(setting).estimate(method), windows)
+    bound = (1e-3 if method in ("exact", "corrected") else 1e-5) * expected.std()
+    for size in (1, 3, 24):
+        assert np.abs(scores(setting, make_prober(setting).estimate(method), windows, size) - expected).max() <= bound
+    for batches in ([padded(reference, 40)], [part(reference, 5), padded(part(reference, 12, 5), 29)]):
+        other = make_setting(copy.deepcopy(model), state, [batches], calibration())
+        prober = Prober(other, [[padded(part(reference, 3), 25)]], 8)
+        assert np.abs(scores(other, prober.estimate(method), windows) - expected).max() <= bound
+
+
+@FAMILIES
+@TIED
+@pytest.mark.parametrize("generic", [False, True], ids=["taps", "generic"])
+def test_bf16_products_keep_the_ranks(family: str, tied: bool, generic: bool) -> None:
+    model = make_model(family, tied, torch.float32)
+    state, reference, windows = make_state(model, 1.0), make_reference(), samples()
+    by_precision = []
+    for products in (None, torch.bfloat16):
+        setting = make(model, state, [reference], generic=generic, products=products)
+        batch, _, _ = setting.run(windows[:2])
+        dense = [values.dtype for parts in batch.gradients.values() for pair in parts.dense for values in pair]
+        assert set(dense) == (set() if generic else {products or torch.float32})
+        prober = make_prober(setting)
+        by_precision.append({method: scores(setting, prober.estimate(method), windows)[:, 0] for method in METHODS})
+    for method in METHODS:
+        right, rounded = (found[method] for found in by_precision)
+        # products of 8 bits: seen 0.11 SD and 0.9989 at worst
+        assert 1e-4 < np.abs(rounded - right).max() / right.std() <= 0.15, method
+        assert spearman(rounded, right) >= 0.998, method
 
 
 def test_losses_and_norms_are_the_models_own() -> None:

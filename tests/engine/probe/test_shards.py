@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import make, make_model, make_reference, make_state, part, samples, scores
+from cases import METHODS, make, make_model, make_prober, make_reference, make_state, samples, scores
 
-from mates.engine.probe.methods import Corrected, Estimate, Exact, Frozen, Linear, Setting, Sgd, mean_step
+from mates.engine.probe.methods import Setting
+from mates.engine.probe.prober import Prober
 from mates.launchers.local import run_plain
 
-METHODS = ("exact", "linear", "centred", "frozen", "sgd", "corrected")
 FAMILIES = {"gpt_neox": False, "llama": True}
 
 
@@ -31,31 +30,22 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, tuple[Setting, Any]]:
+def whole() -> dict[str, tuple[Setting, Prober]]:
     settings = {}
     for family, tied in FAMILIES.items():
         model = make_model(family, tied, torch.float64)
-        state = make_state(model, 1.0)
-        setting = make(model, state, [make_reference(2), make_reference(5)])
-        settings[family] = (setting, setting.oracle.gradients(state.weights))
+        setting = make(model, make_state(model, 1.0), [make_reference(2), make_reference(5)])
+        settings[family] = (setting, make_prober(setting))
     return settings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_influences_are_those_of_one_process(
-    found: dict[str, Any], whole: dict[str, tuple[Setting, Any]], family: str, method: str
+    found: dict[str, Any], whole: dict[str, tuple[Setting, Prober]], family: str, method: str
 ) -> None:
-    setting, gradients = whole[family]
-    estimates: dict[str, Callable[[], Estimate]] = {
-        "exact": lambda: Exact(setting),
-        "linear": lambda: Linear(setting, gradients),
-        "centred": lambda: Linear(setting, setting.oracle.gradients(mean_step(setting))),
-        "frozen": lambda: Frozen(setting, gradients),
-        "sgd": lambda: Sgd(setting, gradients),
-        "corrected": lambda: Corrected(setting, gradients, [[part(make_reference(seed), 3)] for seed in (2, 5)]),
-    }
-    expected = scores(setting, estimates[method](), samples()[:16])
+    setting, prober = whole[family]
+    expected = scores(setting, prober.estimate(method), samples()[:16])
     assert np.abs(np.array(found[f"{family} {method}"]) - expected).max() <= 1e-9 * expected.std(0).min()
 
 
