@@ -15,6 +15,7 @@ Writes ``probe_fidelity.json`` into ``--results``.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,7 +92,7 @@ def measure(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def in_bf16(recipe: Recipe, world: distributed.World, stage: int) -> dict[str, Any]:
-    """Fidelity of linear influences from bf16 gradients to the exact ones in fp32, of the labels that are there; they are replaced."""
+    """Fidelity of linear influences from bf16 gradients to the exact ones in fp32, of the labels that are there."""
     from mates.engine.layout import layout_of
     from mates.engine.probe.fidelity import fidelity_of
     from mates.engine.probe.stage import FIDELITY_FILE, LABELS_FILE, influence_column, probe_stage
@@ -100,8 +101,15 @@ def in_bf16(recipe: Recipe, world: distributed.World, stage: int) -> dict[str, A
     exact = pq.read_table(directory / FIDELITY_FILE)
     in_order = exact["sample_id"].to_numpy()
     bf16 = replace(recipe, probe=replace(recipe.probe, method="linear", precision="bf16", fidelity_samples=0))
-    probe_stage(bf16, world, "random", stage)
-    labels = pq.read_table(directory / LABELS_FILE)
+    kept = directory.with_name(f"{directory.name}-fp32")
+    shutil.rmtree(kept, ignore_errors=True)
+    directory.rename(kept)
+    try:
+        probe_stage(bf16, world, "random", stage)
+        labels = pq.read_table(directory / LABELS_FILE)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        kept.rename(directory)
     order = np.argsort(labels["sample_id"].to_numpy())
     assert (labels["sample_id"].to_numpy()[order] == in_order).all(), "every sample is probed exactly"
     values = labels[influence_column(name)].to_numpy()[order]
