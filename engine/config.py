@@ -272,6 +272,13 @@ class PretrainConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more arithmetic (which
     the ledger, counting model FLOPs, leaves out)."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What happens at a step whose loss on some rank is not finite or above ``spike_sd``, or whose gradient is not finite. All ranks act
+    together, and weights and moments stay as they were: ``stop`` saves a checkpoint and ends with an error, ``skip`` goes on with the next
+    step's data."""
+    spike_sd: float = 6.0
+    """Standard deviations above the mean, of the worst rank's loss in the last 128 steps, from which on a loss is bad; 0: no loss is too
+    large."""
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints inside a stage, each of which can be resumed from; the stage's end is always saved."""
     log_every: int = 10
@@ -303,6 +310,7 @@ class PretrainConfig:
         require(self.weight_decay >= 0, "pretrain.weight_decay", self.weight_decay, "0 or more")
         require(self.clip_norm > 0, "pretrain.clip_norm", self.clip_norm, "above 0")
         require(self.zero_stage in (0, 1, 2, 3), "pretrain.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require(self.spike_sd >= 0, "pretrain.spike_sd", self.spike_sd, "0 or more")
 
     @property
     def total_steps(self) -> int:

@@ -65,6 +65,14 @@ class World:
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.size, size)]
         return groups[self.rank // size]
 
+    def every(self, values: torch.Tensor) -> torch.Tensor:
+        """A tensor [...] of each rank, on all ranks: [ranks, ...]."""
+        if self.size == 1:
+            return values[None]
+        found = values.new_empty(self.size, *values.shape)
+        dist.all_gather(list(found), values)
+        return found
+
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over ranks, on all ranks."""
         if self.size > 1:

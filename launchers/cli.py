@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from mates.engine.config import RecipeError
+from mates.engine.pretrain.vigilance import STOPPED, StopRequestedError
 from mates.launchers import verbs
 
 Handler = Callable[[list[str]], int]
@@ -28,7 +29,8 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 a step failed, 2 a bad recipe, argument or input, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 a step failed, 2 a bad recipe, argument or input, 75 stopped as a signal
+    asked, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -44,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return verbs.VERBS[name].run(rest)
+    except StopRequestedError as stop:
+        print(f"mates {name}: {stop}", file=sys.stderr)
+        return STOPPED
     except RecipeError as error:
         print(f"mates {name}: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import shutil
 import signal
@@ -10,10 +12,38 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
+import psutil
 import torch
 
 from mates.engine.distributed import PARENT, PROMISED_WORLD_SIZE, free_port, process_identity
+from mates.engine.pretrain.vigilance import STOP_SIGNALS, StopRequestedError
+
+
+class StopForwarding:
+    """What SIGTERM and SIGUSR2 do to the process that started the ranks: they are passed on, as SIGUSR2, until the ranks have ended."""
+
+    def __init__(self) -> None:
+        self.is_asked = self.is_waiting = False
+
+    def listen(self) -> None:
+        """Take the signals from now on. Of the main thread only."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.is_asked = True
+        if not self.is_waiting:
+            self.stop()
+
+    def stop(self) -> None:
+        """StopRequestedError where somebody asked."""
+        if self.is_asked:
+            raise StopRequestedError("stopped, as asked; the same command continues where this one stopped")
+
+
+STOPPING = StopForwarding()
 
 
 class StepFailedError(RuntimeError):
@@ -79,24 +109,48 @@ def run_plain(command: Sequence[str], processes: int) -> None:
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(list(command), env=dict(environment))
+    # launchers between this process and the ranks would die of a signal that is sent to the whole process group
+    return subprocess.Popen(list(command), env=dict(environment), preexec_fn=_ignore_stops)
+
+
+def _ignore_stops() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for all; when one fails, or this process is interrupted, end the others."""
+    """Wait for all; when one fails, or this process is interrupted, end the others.
+
+    Raises:
+        StepFailedError: one failed. StopRequestedError: all have ended since somebody asked.
+    """
+    STOPPING.is_waiting = True
+    last_asked = -math.inf
     try:
         running = list(ranks)
         while running:
+            if STOPPING.is_asked and time.monotonic() - last_asked >= 1:  # again, for a rank that was only starting
+                last_asked = time.monotonic()
+                _ask_ranks()
             for rank in list(running):
                 code = rank.poll()
                 if code is None:
                     continue
                 running.remove(rank)
-                if code != 0:
+                if code != 0 and not STOPPING.is_asked:
                     raise StepFailedError(_describe(rank, code))
             time.sleep(0.05)
     finally:
+        STOPPING.is_waiting = False
         _end(ranks)
+    STOPPING.stop()
+
+
+def _ask_ranks() -> None:
+    """SIGUSR2 to all ranks below this process."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RANK" in process.environ():
+                process.send_signal(signal.SIGUSR2)
 
 
 def _describe(rank: subprocess.Popen[bytes], code: int) -> str:

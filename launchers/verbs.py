@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 
 from mates.engine.config import SAMPLE, Recipe, RecipeError, require
+from mates.engine.pretrain.vigilance import STOPPED, BadStepError, StopRequestedError, StopSignals
 from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
 from mates.preprocess.artifact import DiskFullError
 
@@ -54,6 +56,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         CorpusError,
         RanksError,
         WorkerDiedError,
+        BadStepError,
     ]
     return tuple(errors)
 
@@ -161,13 +164,24 @@ def _stage_verb(name: str, summary: str) -> Verb:
         recipe, extra = parse_with(_stage_parser(name, summary), arguments)
         method, stage = extra["method"], extra["stage"]
         check_stage(recipe, name, method, stage)
-        stage_step(name, recipe, method, stage)
         if name == "select":
+            stage_step(name, recipe, method, stage)
             return 0
+        signals, is_first, code = StopSignals(at_once=name != "pretrain"), os.environ.get("RANK", "0") == "0", 0
+        try:
+            stage_step(name, recipe, method, stage, signals)
+        except StopRequestedError as stop:
+            code = STOPPED
+            if is_first:
+                print(stop)
+        except BadStepError as error:
+            code = 1
+            if is_first:  # the others know no more
+                print(f"mates {name}: {error}", file=sys.stderr)
         # All is on disk. Interpreter shutdown beside the libraries' own threads was seen to abort a finished rank; skip it.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
     return Verb(summary, run)
 
@@ -184,7 +198,7 @@ def check_stage(recipe: Recipe, verb: str, method: str, stage: int) -> None:
         require(not chosen or method != "random", "--method", method, f"a method that chooses by influence: random needs no {verb}")
 
 
-def stage_step(name: str, recipe: Recipe, method: str, stage: int) -> None:
+def stage_step(name: str, recipe: Recipe, method: str, stage: int, signals: StopSignals | None = None) -> None:
     """Run one step of a stage in this process, as one rank of however many the launcher started."""
     if name == "select":
         from mates.engine.select.stage import select_stage
@@ -197,17 +211,17 @@ def stage_step(name: str, recipe: Recipe, method: str, stage: int) -> None:
     lock = hold_worker_lock(recipe.path())
     world = distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
     try:
-        _stage_work(name)(recipe, world, method, stage)
+        _stage_work(name, signals)(recipe, world, method, stage)
     finally:
         distributed.leave()
         lock.close()
 
 
-def _stage_work(name: str) -> Callable[..., Any]:
+def _stage_work(name: str, signals: StopSignals | None) -> Callable[..., Any]:
     if name == "pretrain":
         from mates.engine.pretrain.stage import pretrain_stage
 
-        return pretrain_stage
+        return partial(pretrain_stage, signals=signals)
     if name == "probe":
         from mates.engine.probe.stage import probe_stage
 
@@ -229,7 +243,10 @@ def _stage_work(name: str) -> Callable[..., Any]:
 
 
 def _run(arguments: list[str]) -> int:
+    from mates.launchers.local import STOPPING
+
     recipe, _ = parse_with(recipe_parser("run", VERBS["run"].summary), arguments)
+    STOPPING.listen()
     run_recipe(recipe)
     return 0
 

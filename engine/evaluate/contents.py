@@ -145,8 +145,14 @@ def loss_curves(recipe: Recipe, ledger: Ledger) -> list[Curve]:
                 break
             losses.append(checkpoint.read_losses(layout.checkpoint(arm, stage)))
         if losses:
-            curves.append(Curve(arm=arm, first_step=stages.start * steps, losses=np.concatenate(losses)))
+            curves.append(Curve(arm=arm, first_step=stages.start * steps, losses=_believable(np.concatenate(losses))))
     return curves
+
+
+def _believable(losses: Floats) -> Floats:
+    """Of steps that were passed over, the loss may not be finite: show that of the step before."""
+    known = np.maximum.accumulate(np.where(np.isfinite(losses), np.arange(len(losses)), 0))
+    return losses[known]
 
 
 def stage_views(recipe: Recipe, ledger: Ledger) -> list[StageView]:

@@ -24,6 +24,7 @@ from mates.engine.pretrain.schedule import decay_rate, learning_rate
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.pretrain.stage import new_trainer, open_train_corpus, training_flops
 from mates.engine.pretrain.trainer import Trainer
+from mates.engine.pretrain.vigilance import BadStepError
 from mates.engine.progress import Progress, say
 from mates.engine.random import KeyedPermutation
 from mates.engine.reference.batches import label_batches
@@ -61,13 +62,13 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     holdout = open_corpus(layout.corpus("holdout"), recipe.pretrain.sequence_length)
     test = open_reference(layout.reference("test"))
     trainer = new_trainer(recipe, world, corpus)
-    checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint")
+    trained = int(checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint").info["step"])
     index = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
     branch_start = time.perf_counter()
-    _decay(recipe, trainer, corpus, index, f"evaluate {method} stage {stage}")
+    _decay(recipe, trainer, corpus, index, trained, f"evaluate {method} stage {stage}")
     branch_seconds = time.perf_counter() - branch_start
     # a probe takes a step of training, not of decay
-    next_lr = learning_rate(recipe.pretrain, trainer.steps_done - config.decay_steps + 1)
+    next_lr = learning_rate(recipe.pretrain, trained + 1)
     world.same(lambda: shutil.rmtree(request.directory, ignore_errors=True))  # what an interrupted attempt left
     optimizer = checkpoint.export_state(request.directory, trainer, next_lr)[0] if recipe.probe.after_decay else None
     ids = holdout_ids(recipe, holdout.samples)
@@ -115,15 +116,19 @@ def evaluation_flops(recipe: Recipe, vocab_size: int, holdout_samples: int, refe
     return decay + held_out + decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
 
 
-def _decay(recipe: Recipe, trainer: Trainer, corpus: Corpus, index: npt.NDArray[np.int64], label: str) -> None:
-    """Train on the stage's last samples again, with the learning rate going to 0."""
+def _decay(recipe: Recipe, trainer: Trainer, corpus: Corpus, index: npt.NDArray[np.int64], trained: int, label: str) -> None:
+    """Train on the stage's last samples again, with the learning rate going to 0 from that of step ``trained``."""
     steps, batch = recipe.evaluate.decay_steps, recipe.pretrain.batch_size
-    start_lr = learning_rate(recipe.pretrain, trainer.steps_done)
+    start_lr = learning_rate(recipe.pretrain, trained)
     again = index[len(index) - steps * batch :]
     with Progress(f"{label} decay", steps, "step", enabled=trainer.world.first) as progress:
         for step in range(1, steps + 1):
             ids = trainer.share(again[(step - 1) * batch : step * batch])
             result = trainer.step(corpus.windows(ids), decay_rate(start_lr, step, steps))
+            if result.refused:
+                raise BadStepError(
+                    f"{label}: step {step} of the decay branch: {result.refused}; the checkpoint does not bear more training"
+                )
             progress.add(1, f"loss {result.loss_nats:.4f}")
 
 

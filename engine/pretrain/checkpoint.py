@@ -34,11 +34,18 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where training stood: optimizer steps of the run and of the stage, and the stage's cost so far."""
+    """Where training stood: steps of the run and of the stage, and the stage's cost so far.
+
+    ``updates`` optimizer steps of the run were taken; ``skipped`` steps of the stage were not. ``recent_nats`` are the worst rank's losses
+    that spikes are told by.
+    """
 
     step: int
     stage_step: int
     seconds: float
+    updates: int
+    skipped: tuple[int, ...] = ()
+    recent_nats: tuple[float, ...] = ()
 
 
 def save(
@@ -62,9 +69,9 @@ def save(
     world.same(lambda: shutil.rmtree(directory, ignore_errors=True))
     directory.mkdir(parents=True, exist_ok=True)
     whole = request.kind == "checkpoint"
-    info: dict[str, Any] = asdict(progress)
+    info: dict[str, Any] = asdict(progress) | {"skipped": list(progress.skipped), "recent_nats": list(progress.recent_nats)}
     with _explained(directory):
-        trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state=asdict(progress))
+        trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state={"step": progress.step})
         if whole:
             optimizer, weights = export_state(directory, trainer, next_lr)
             info["optimizer"] = optimizer
@@ -115,7 +122,7 @@ def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dic
         for writer in writers.values():
             writer.flush()
     optimizer = {
-        "t": trainer.steps_done,
+        "t": trainer.updates,
         "next_lr": next_lr,
         "beta1": config.beta1,
         "beta2": config.beta2,
@@ -167,7 +174,7 @@ def load(directory: Path, trainer: Trainer, kind: str) -> Manifest:
     path, client = trainer.engine.load_checkpoint(str(directory / DEEPSPEED), tag=TAG)
     if path is None or client["step"] != manifest.info["step"]:
         raise ArtifactError(f"{directory}: DeepSpeed could not restore step {manifest.info['step']} from it")
-    trainer.steps_done = int(manifest.info["step"])
+    trainer.updates = int(manifest.info["updates"])
     return manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -23,12 +24,22 @@ from mates.engine.pretrain.model import padded_vocabulary
 from mates.engine.pretrain.schedule import learning_rate
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.pretrain.trainer import StepResult, Trainer
+from mates.engine.pretrain.vigilance import BadStepError, SpikeWatch, StopRequestedError, StopSignals
 from mates.engine.progress import Progress, say
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import tokenizer_files
 
-NOT_IDENTITY = ("micro_batch_size", "zero_stage", "activation_checkpointing", "checkpoint_every", "log_every", "stages")
+NOT_IDENTITY = (
+    "micro_batch_size",
+    "zero_stage",
+    "activation_checkpointing",
+    "on_bad_step",
+    "spike_sd",
+    "checkpoint_every",
+    "log_every",
+    "stages",
+)
 
 
 def training_settings(recipe: Recipe) -> dict[str, Any]:
@@ -76,11 +87,16 @@ def new_trainer(recipe: Recipe, world: World, corpus: Corpus) -> Trainer:
     return Trainer(recipe, world, vocab_size=vocabulary["vocab_size"], end_of_document=vocabulary["end_of_document"])
 
 
-def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest:
+def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signals: StopSignals | None = None) -> Manifest:
     """Train a stage, or continue it from its last checkpoint; at once where it is complete.
+
+    Args:
+        recipe, world, method, stage: what is trained, and by whom.
+        signals: of this process, where it listens to any.
 
     Raises:
         ArtifactError: what the stage needs is missing, damaged or does not fit.
+        StopRequestedError: a rank was asked to stop, and all is saved. BadStepError: a step was not to be taken, and all before is saved.
     """
     request: Request = world.same(lambda: pretrain_request(recipe, method, stage))
     done: Manifest | None = world.same(request.find)
@@ -94,12 +110,17 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     if len(index.ids) != wanted:
         raise ArtifactError(f"{layout.index(method, stage)}: {len(index.ids)} samples, the stage trains on {wanted}")
     trainer = new_trainer(recipe, world, corpus)
-    run = _StageRun(recipe, trainer, corpus, np.asarray(index.ids), request, method, stage, started)
+    run = _StageRun(recipe, trainer, corpus, np.asarray(index.ids), request, method, stage, started, signals)
     run.restore()
     run.train()
     manifest = run.save(request)
     world.same(lambda: shutil.rmtree(layout.partial_checkpoints(method, stage), ignore_errors=True))
     return manifest
+
+
+def finite(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None
 
 
 class _StageRun:
@@ -115,10 +136,14 @@ class _StageRun:
         method: str,
         stage: int,
         started: float,
+        signals: StopSignals | None,
     ) -> None:
         self.recipe, self.trainer, self.corpus, self.ids = recipe, trainer, corpus, ids
         self.layout, self.request, self.method, self.stage = layout_of(recipe), request, method, stage
         self.losses: list[float] = []
+        self.skipped: list[int] = []
+        self.spikes, self.signals = SpikeWatch(recipe.pretrain.spike_sd), signals
+        self.saved_steps = 0
         self.seconds_before = 0.0
         self.start = started
         self.trained_from = started
@@ -135,6 +160,8 @@ class _StageRun:
         if newest is not None:  # its seconds are those of the attempts before
             manifest = checkpoint.load(newest, self.trainer, "partial checkpoint")
             self.losses = list(checkpoint.read_losses(newest))
+            self.saved_steps, self.skipped = len(self.losses), list(manifest.info["skipped"])
+            self.spikes = SpikeWatch(self.recipe.pretrain.spike_sd, manifest.info["recent_nats"])
             self.seconds_before = float(manifest.info["seconds"])
             if world.first:
                 say(f"pretrain {self.method} stage {self.stage}: continuing from step {len(self.losses)}")
@@ -164,13 +191,34 @@ class _StageRun:
             for step in range(done + 1, config.steps_per_stage + 1):
                 batch = self.ids[(step - 1) * config.batch_size : step * config.batch_size]
                 lr = learning_rate(config, self.first_step + step)
-                result = self.trainer.step(self.corpus.windows(self.trainer.share(batch)), lr)
+                is_to_stop = self.signals is not None and self.signals.received
+                windows = self.corpus.windows(self.trainer.share(batch))
+                result = self.trainer.step(windows, lr, limit=self.spikes.limit(), is_to_stop=is_to_stop)
+                if result.refused is None:
+                    self.spikes.recent.append(result.worst_nats)
+                else:
+                    self._pass_over(step, result.refused)
                 self.losses.append(result.loss_nats)
                 progress.add(1, f"loss {result.loss_nats:.4f}")
                 if step % config.log_every == 0 or step == config.steps_per_stage:
                     self._log(step, lr, result, done)
-                if step % config.checkpoint_every == 0 and step < config.steps_per_stage:
-                    self._save_partial(step)
+                if result.is_to_stop or (step % config.checkpoint_every == 0 and step < config.steps_per_stage):
+                    self._save_partial()
+                if result.is_to_stop:
+                    raise StopRequestedError(f"{label}: stopped after step {step}, as asked; the same command continues")
+
+    def _pass_over(self, step: int, why: str) -> None:
+        """A step of the stage was not taken: go on without it or stop before it, as the recipe says."""
+        label = f"pretrain {self.method} stage {self.stage}: step {step}"
+        if self.recipe.pretrain.on_bad_step == "stop":
+            self._save_partial()
+            raise BadStepError(
+                f"{label}: {why}; weights are those after step {step - 1}, and saved. Look at the step's data and the learning rate; "
+                "pretrain.on_bad_step skip goes on without such steps, pretrain.spike_sd says how large a loss may be"
+            )
+        self.skipped.append(step)
+        if self.trainer.world.first:
+            say(f"WARNING: {label} is passed over: {why}")
 
     def _log(self, step: int, lr: float, result: StepResult, done: int) -> None:
         if not self.trainer.world.first:
@@ -181,17 +229,22 @@ class _StageRun:
             "method": self.method,
             "stage": self.stage,
             "step": self.first_step + step,
-            "loss_nats": result.loss_nats,
-            "grad_norm": result.grad_norm,
+            "loss_nats": finite(result.loss_nats),
+            "grad_norm": finite(result.grad_norm),
             "lr": lr,
             "tokens_per_second": (step - done) * self.recipe.pretrain.tokens_per_step / elapsed,
         }
         with self.layout.metrics.open("a") as handle:
             handle.write(json.dumps(line) + "\n")
 
-    def _save_partial(self, step: int) -> None:
+    def _save_partial(self) -> None:
+        """Save after the steps that are done, where that is not saved yet."""
+        steps = len(self.losses)
+        if steps == self.saved_steps:
+            return
         folder = self.layout.partial_checkpoints(self.method, self.stage)
-        self.save(self._partial(folder / f"step-{step:08d}"))
+        self.save(self._partial(folder / f"step-{steps:08d}"))
+        self.saved_steps = steps
 
         def drop_older() -> None:
             for older in sorted(folder.glob("step-*"))[:-2]:
@@ -207,7 +260,14 @@ class _StageRun:
         return checkpoint.save(
             request,
             self.trainer,
-            progress=checkpoint.Progress(step=self.first_step + steps, stage_step=steps, seconds=seconds),
+            progress=checkpoint.Progress(
+                step=self.first_step + steps,
+                stage_step=steps,
+                seconds=seconds,
+                updates=self.trainer.updates,
+                skipped=tuple(self.skipped),
+                recent_nats=tuple(self.spikes.recent) if request.kind == "partial checkpoint" else (),
+            ),
             losses=np.asarray(self.losses, np.float64),
             next_lr=learning_rate(self.recipe.pretrain, self.first_step + steps + 1),
             cost=Cost(

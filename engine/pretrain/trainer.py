@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss of the global batch in nats a token, and the global gradient norm before clipping."""
+    """Mean loss of the global batch in nats a token, the worst rank's, and the global gradient norm before clipping.
+
+    ``refused`` says why the optimizer step was not taken, where it was not: weights and moments are then those before. ``is_to_stop``:
+    some rank is asked to stop.
+    """
 
     loss_nats: float
+    worst_nats: float
     grad_norm: float
+    refused: str | None
+    is_to_stop: bool
 
 
 def weight_decay_of(parameter: torch.Tensor, config: PretrainConfig) -> float:
@@ -50,7 +58,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         # without ZeRO DeepSpeed accumulates bf16 gradients; autocast keeps fp32 weights and gradients instead
         result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif config.precision == "bf16":
-        result["bf16"] = {"enabled": True}
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(result, recipe.launch.deepspeed)
 
@@ -100,32 +108,64 @@ class Trainer:
         for name, buffer in self.engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self.micro_batch = int(self.engine.train_micro_batch_size_per_gpu())
-        self.steps_done = 0
+        self.updates = 0
+        """Optimizer steps taken so far, by all attempts."""
 
-    def step(self, windows: npt.NDArray[np.int64], lr: float) -> StepResult:
-        """One optimizer step.
+    def step(self, windows: npt.NDArray[np.int64], lr: float, *, limit: float = math.inf, is_to_stop: bool = False) -> StepResult:
+        """One optimizer step; none where the loss of a rank is not finite or above ``limit``, or the gradient is not finite.
 
         Args:
             windows: [B / ranks, L + 1], this rank's share of the global batch.
             lr: learning rate of this step.
+            limit: the largest loss in nats that is believed, the same on all ranks.
+            is_to_stop: whether this rank is asked to stop.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        losses, norm = [], float("nan")
+        losses = []
         micro_batches = list(self._micro_batches(windows))
         self.engine.module.train()
-        for number, batch in enumerate(micro_batches):
-            loss = next_token_loss(self.engine, batch)
-            self.engine.backward(loss)
-            if number == len(micro_batches) - 1 and self.config.zero_stage == 0:
-                norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None]))
+        for batch in micro_batches[:-1]:
+            losses.append(self._backward(next_token_loss(self.engine, batch)))
             self.engine.step()
-            losses.append(loss.detach())
+        last = next_token_loss(self.engine, micro_batches[-1])
+        own = torch.stack([torch.stack([*losses, last.detach()]).double().mean(), last.new_tensor(float(is_to_stop)).double()])
+        losses_W, stops_W = self.world.every(own).cpu().unbind(1)
+        refused = self._refusal(losses_W, limit)
+        # DeepSpeed passes over steps whose gradients are not finite, and then clears all of its buffers
+        self._backward(last * math.nan if refused else last)
+        norm = self._take_step()
+        if not refused and not math.isfinite(norm):
+            refused = f"the gradient norm is {norm}"
+        self.updates += refused is None
+        return StepResult(float(losses_W.mean()), float(losses_W.max()), norm, refused, bool(stops_W.any()))
+
+    @staticmethod
+    def _refusal(losses_W: torch.Tensor, limit: float) -> str | None:
+        """Why a step with these losses by rank is not to be taken."""
+        bad = [f"{loss:.4g} on rank {rank}" for rank, loss in enumerate(losses_W.tolist()) if not loss <= limit or math.isinf(loss)]
+        if not bad:
+            return None
+        allowed = "" if math.isinf(limit) else f", where {limit:.4g} nats would be believed"
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        return f"the loss is {', '.join(bad[:4])}{more}{allowed}"
+
+    def _backward(self, loss: torch.Tensor) -> torch.Tensor:
+        self.engine.backward(loss)
+        return loss.detach()
+
+    def _take_step(self) -> float:
+        """The optimizer step, where the gradient norm is finite. Returns the norm before clipping."""
         if self.config.zero_stage:
-            norm = float(self.engine.get_global_grad_norm())
-        self.steps_done += 1
-        mean = self.world.total(torch.stack(losses).mean().double()) / self.world.size
-        return StepResult(float(mean), norm)
+            self.engine.step()
+            return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None]))
+        optimizer = self.engine.optimizer
+        if not math.isfinite(norm):
+            optimizer.step = lambda: None  # without ZeRO DeepSpeed leaves it to the optimizer, which would take it
+        self.engine.step()
+        optimizer.__dict__.pop("step", None)
+        return norm
 
     def _micro_batches(self, windows: npt.NDArray[np.int64]) -> Iterator[torch.Tensor]:
         for start in range(0, len(windows), self.micro_batch):

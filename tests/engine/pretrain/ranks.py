@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,7 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
     checkpoint.save(
         request,
         half,
-        progress=checkpoint.Progress(step=STEPS // 2, stage_step=STEPS // 2, seconds=0.0),
+        progress=checkpoint.Progress(step=STEPS // 2, stage_step=STEPS // 2, seconds=0.0, updates=STEPS // 2),
         losses=np.array(before),
         next_lr=1e-4,
         cost=Cost(),
@@ -152,11 +154,58 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
     return result
 
 
+def refused(zero_stage: int, precision: str, world: distributed.World) -> dict[str, Any]:
+    """Training with bad steps among good ones, and training with the good ones alone."""
+    tried, good = (new(zero_stage, precision, world) for _ in range(2))
+    rows = np.arange(BATCH)
+    found: dict[str, Any] = {}
+    train(tried, 0, 2)
+    train(good, 0, 2)
+    before = digest(tried)
+    batch = batches()[2][tried.share(rows)]
+    poison = world.rank == 1
+    # a loss above the limit; a loss that is not finite on one rank, in its first micro-batch; a gradient that is not
+    found["limit"] = tried.step(batch, lr=1e-3, limit=1.0).refused
+    with hooked(tried, poison, "first"):
+        found["loss"] = tried.step(batch, lr=1e-3).refused
+    with hooked(tried, poison, "gradient"):
+        result = tried.step(batch, lr=1e-3)
+        found["gradient"] = result.refused
+    found["untouched"] = digest(tried) == before
+    found["after"], found["expected"] = train(tried, 2, STEPS), train(good, 2, STEPS)
+    found["same"] = digest(tried) == digest(good)
+    found["updates"] = tried.updates
+    found["stops"] = [tried.step(batch, lr=1e-3, is_to_stop=poison).is_to_stop, tried.step(batch, lr=1e-3).is_to_stop]
+    return found
+
+
+@contextmanager
+def hooked(trainer: Trainer, poison: bool, kind: str) -> Iterator[None]:
+    """On the poisoned rank, logits (of the first micro-batch) or their gradients are not finite."""
+    calls = 0
+
+    def spoil(module: Any, arguments: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if kind == "gradient":
+            output.logits.register_hook(lambda grads: grads * float("inf"))
+        elif calls == 1:
+            output.logits = output.logits * float("nan")
+        return output
+
+    handle = trainer.engine.module.register_forward_hook(spoil) if poison else None
+    yield
+    if handle:
+        handle.remove()
+
+
 def main() -> None:
     """Run all cases."""
     world = distributed.join(timeout_minutes=2, threads=1)
     cases = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
     results = {f"{stage} {precision}": case(stage, precision, Path(sys.argv[1]), world) for stage, precision in cases}
+    for stage, precision in cases:
+        results[f"{stage} {precision}"]["refused"] = refused(stage, precision, world)
     if world.first:
         Path(sys.argv[1], "results.json").write_text(json.dumps(results))
     distributed.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,23 @@ def test_equals_a_plain_loop(results: Results, stage: int) -> None:
     assert found["losses"] == pytest.approx(found["plain_losses"], rel=1e-6)
     assert found["weight_error"] < 1e-5
     assert found["reference"] == pytest.approx(found["plain_reference"], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_steps_leave_no_trace(results: Results, case: str) -> None:
+    found = results[case]["refused"]
+    assert re.fullmatch(r"the loss is 5\.\d+ on rank 0, 5\.\d+ on rank 1, where 1 nats would be believed", found["limit"])
+    assert found["loss"] == "the loss is nan on rank 1"
+    assert re.fullmatch("the gradient norm is (nan|inf)", found["gradient"])
+    assert found["untouched"]
+    assert found["after"] == found["expected"]
+    assert found["same"]
+    assert found["updates"] == 6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_that_is_asked_to_stop_is_heard_by_all(results: Results, case: str) -> None:
+    assert results[case]["refused"]["stops"] == [True, False]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
