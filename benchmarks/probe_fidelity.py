@@ -84,8 +84,7 @@ def measure(recipe: Recipe) -> list[dict[str, Any]]:
             info = probe_stage(recipe, world, "random", stage).info
             info["fidelity"]["methods"]["linear, bf16"] = in_bf16(recipe, world, stage)
             checkpoint = artifact.load(layout_of(recipe).probed("random", stage, after_decay=False))
-            found = {name: info[name] for name in ("baseline_loss_nats", "mean_nats", "sd_nats", "helpful_share", "fidelity")}
-            rows.append({"step": checkpoint.info["step"]} | found)
+            rows.append({"step": checkpoint.info["step"], "influences": info["influences"], "fidelity": info["fidelity"]})
     finally:
         distributed.leave()
     return rows
@@ -129,9 +128,10 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table for a terminal."""
     for row in rows:
         for name, whole in row["fidelity"]["reliability"].items():
+            own = row["influences"][name]
             yield (
-                f"step {row['step']}: {name} loss {row['baseline_loss_nats']:.3f} nats, influences {row['mean_nats']:+.2e} "
-                f"± {row['sd_nats']:.2e}, oracle reliability {whole['value']:.3f} ({whole['low']:.3f} to {whole['high']:.3f})"
+                f"step {row['step']}: {name} loss {own['baseline_loss_nats']:.3f} nats, influences {own['mean_nats']:+.2e} "
+                f"± {own['sd_nats']:.2e}, oracle reliability {whole['value']:.3f} ({whole['low']:.3f} to {whole['high']:.3f})"
             )
             for method, references in row["fidelity"]["methods"].items():
                 rank, line = references[name]["spearman"], references[name]["pearson"]

@@ -61,9 +61,12 @@ def run_chunks(
 
 
 def read_seconds(directory: Path) -> float:
-    """Seconds that earlier attempts took."""
-    path = directory / SECONDS
-    return float(artifact.read_json(path)) if path.exists() else 0.0
+    """Seconds that earlier attempts took; 0 where that cannot be read, since no work should be refused for it."""
+    try:
+        found = artifact.read_json(directory / SECONDS)
+    except (artifact.ArtifactError, OSError):
+        return 0.0
+    return float(found) if isinstance(found, int | float) else 0.0
 
 
 def discard_plan(directory: Path) -> None:

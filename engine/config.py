@@ -327,7 +327,7 @@ class PretrainConfig:
 class ProbeConfig:
     """Oracle influences: one optimizer step on a sample, and how the reference loss moves."""
 
-    method: ProbeMethod | Literal["auto"] = "exact"
+    method: Literal["exact", "linear", "centred", "frozen", "corrected", "auto"] = "exact"
     """``exact``: a literal AdamW step on each sample and a forward pass over the whole reference. ``linear``: the step's dot product with
     the reference gradient. ``centred``: with the gradient at the mean step. ``frozen``: with the second moment held fixed. ``corrected``:
     exact on ``subset_items`` items, corrected by linear. ``auto``: the cheapest of them that is as faithful as ``min_fidelity`` asks."""
@@ -338,11 +338,11 @@ class ProbeConfig:
     the reference gradient of a small model is mostly what its last batches disturbed; the branch takes that away. Its steps are billed
     to the probe."""
     precision: Literal["bf16", "fp32", "fp64"] = "fp32"
-    """Arithmetic of the probe. ``bf16``: the matrix products of gradients, as in training; weights, moments, the optimizer step and the
-    reference losses of exact influences stay in fp32."""
+    """Arithmetic of the probe. ``bf16``: the matrix products of gradients, as in training (fast on GPUs, slow on most CPUs); weights,
+    moments, the optimizer step and the reference losses of exact influences stay in fp32."""
     fidelity_samples: int = 32
-    """Samples on which every method is compared with exact influences, at every checkpoint (of ``samples``, so no more than those); 0
-    compares nothing."""
+    """Samples (of ``samples``) on which every method is compared with exact influences, at every checkpoint; 0 compares nothing. Each costs
+    what an exact influence costs, so that beside a cheap method the comparison is most of the time: fewer do where it is known to hold."""
     min_fidelity: float = 0.95
     """Spearman's correlation with exact influences that ``auto`` asks of a method: the lower end of its 95% interval."""
     subset_items: int = 16
@@ -367,10 +367,10 @@ class ProbeConfig:
         for name in ("reference_batch_tokens", "chunk_size", "subset_items", "calibration_samples", "micro_batch_size", "shard_over"):
             require(getattr(self, name) >= 1, f"probe.{name}", getattr(self, name), "at least 1")
         require(
-            self.fidelity_samples == 0 or self.fidelity_samples >= 8,
+            self.fidelity_samples == 0 or 8 <= self.fidelity_samples <= self.samples,
             "probe.fidelity_samples",
             self.fidelity_samples,
-            "0, or at least 8",
+            f"0, or 8 to probe.samples = {self.samples}",
         )
         require(
             self.method != "auto" or self.fidelity_samples > 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mates.engine.config import Recipe
 from mates.engine.evaluate.stage import evaluate_request
@@ -13,7 +13,7 @@ from mates.engine.layout import SHARED
 from mates.engine.pretrain.stage import pretrain_request
 from mates.engine.probe.stage import probe_request
 from mates.engine.select.stage import needs_scores, select_request
-from mates.preprocess.artifact import Request
+from mates.preprocess.artifact import ArtifactError, Request
 
 DATA_VERBS = ("sample-corpus", "tokenizer", "preprocess", "reference")
 STAGE_VERBS = ("probe", "fit", "score", "select", "pretrain", "evaluate")
@@ -47,6 +47,39 @@ def run_steps(recipe: Recipe) -> Iterator[Step]:
         for method in recipe.methods:
             yield from stage_steps(method, stage)
     yield Step("report")
+
+
+def needed_steps(recipe: Recipe, step: Step) -> Iterator[Step]:
+    """The stages' steps whose artifacts a step reads."""
+    verb, method, stage = step.verb, step.method, step.stage
+    assert method is not None
+    assert stage is not None
+    parent = Step("pretrain", SHARED if stage == 1 else method, stage - 1)
+    if verb == "probe":
+        yield replace(parent, verb="evaluate") if recipe.probe.after_decay else parent
+    elif verb == "fit":
+        yield replace(step, verb="probe")
+        if recipe.fit.warm_start and stage > 1:
+            yield replace(step, stage=stage - 1)
+    elif verb == "score":
+        yield replace(step, verb="fit")
+    elif verb == "select" and needs_scores(method, stage):
+        yield replace(step, verb="score")
+    elif verb == "pretrain":
+        yield replace(step, verb="select")
+        if stage > 0:
+            yield parent
+    elif verb == "evaluate":
+        yield replace(step, verb="pretrain")
+
+
+def check_needed(recipe: Recipe, step: Step) -> None:
+    """ArtifactError where a step that comes before has not been done, or was done with other settings."""
+    for before in needed_steps(recipe, step):
+        request = step_request(recipe, before)
+        if not request.find():
+            command = f"mates {before.verb} RECIPE --method {before.method} --stage {before.stage}"
+            raise ArtifactError(f"{request.directory}: {before} comes before {step} and is not done; run `{command}`, or `mates run`")
 
 
 def step_request(recipe: Recipe, step: Step) -> Request:

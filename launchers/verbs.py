@@ -21,6 +21,8 @@ from mates.engine.pretrain.vigilance import STOPPED, BadStepError, StopRequested
 from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
 from mates.preprocess.artifact import DiskFullError
 
+CHOOSING = ("probe", "fit", "score")
+"""Verbs of methods that choose by influence, at stages after the first."""
 RUN_LOCK = ".run.lock"
 RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
@@ -151,19 +153,19 @@ def _stage_parser(name: str, summary: str) -> jsonargparse.ArgumentParser:
     parser = recipe_parser(name, summary)
     parser.add_argument(
         "--method",
-        type=str,
-        default="shared",
-        help="The run's method that the stage belongs to; stage 0 belongs to `shared`.",
+        type=str | None,
+        default=None,
+        help="The run's method that the stage belongs to; stage 0 belongs to `shared`. By default the only one that it can be.",
     )
-    parser.add_argument("--stage", type=int, default=0, help="The stage, from 0.")
+    first = 1 if name in CHOOSING else 0
+    parser.add_argument("--stage", type=int, default=first, help=f"The stage, from {first}.")
     return parser
 
 
 def _stage_verb(name: str, summary: str) -> Verb:
     def run(arguments: list[str]) -> int:
         recipe, extra = parse_with(_stage_parser(name, summary), arguments)
-        method, stage = extra["method"], extra["stage"]
-        check_stage(recipe, name, method, stage)
+        method, stage = chosen_stage(recipe, name, extra["method"], extra["stage"])
         if name == "select":
             stage_step(name, recipe, method, stage)
             return 0
@@ -186,23 +188,33 @@ def _stage_verb(name: str, summary: str) -> Verb:
     return Verb(summary, run)
 
 
-def check_stage(recipe: Recipe, verb: str, method: str, stage: int) -> None:
-    """Refuse a stage or method that the recipe does not have."""
-    chosen = verb in ("probe", "fit", "score")
-    stages = list(range(1 if chosen else 0, recipe.pretrain.stages))
+def chosen_stage(recipe: Recipe, verb: str, method: str | None, stage: int) -> tuple[str, int]:
+    """The method and stage that are meant. RecipeError for what the recipe does not have."""
+    chooses = verb in CHOOSING
+    stages = list(range(1 if chooses else 0, recipe.pretrain.stages))
     require(stage in stages, "--stage", stage, f"one of {stages} for {verb}")
     if stage == 0:
-        require(method == "shared", "--method", method, "shared, which stage 0 belongs to")
-    else:
-        require(method in recipe.methods, "--method", method, f"one of the recipe's methods: {', '.join(recipe.methods)}")
-        require(not chosen or method != "random", "--method", method, f"a method that chooses by influence: random needs no {verb}")
+        require(method in (None, "shared"), "--method", method, "shared, which stage 0 belongs to")
+        return "shared", 0
+    known = [name for name in recipe.methods if not (chooses and name == "random")]
+    if method is None and len(known) == 1:
+        return known[0], stage
+    why = f" that choose by influence (random needs no {verb})" if chooses else ""
+    hint = "; how influences are measured is --probe.method" if verb == "probe" else ""
+    require(method in known, "--method", method, f"one of the recipe's methods{why}: {', '.join(known)}{hint}")
+    assert method is not None
+    return method, stage
 
 
 def stage_step(name: str, recipe: Recipe, method: str, stage: int, signals: StopSignals | None = None) -> None:
     """Run one step of a stage in this process, as one rank of however many the launcher started."""
+    from mates.engine.loop import Step, check_needed
+
+    step = Step(name, method, stage)
     if name == "select":
         from mates.engine.select.stage import select_stage
 
+        check_needed(recipe, step)
         select_stage(recipe, method, stage)
         return
     from mates.engine import distributed
@@ -211,6 +223,7 @@ def stage_step(name: str, recipe: Recipe, method: str, stage: int, signals: Stop
     lock = hold_worker_lock(recipe.path())
     world = distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
     try:
+        world.same(lambda: check_needed(recipe, step))
         _stage_work(name, signals)(recipe, world, method, stage)
     finally:
         distributed.leave()

@@ -274,6 +274,21 @@ def _files_below(directory: Path) -> list[str]:
     ]
 
 
+MADE_BY = {
+    "sample-corpus": "sample-corpus",
+    "tokenizer": "tokenizer",
+    "corpus": "preprocess",
+    "reference": "reference",
+    "selection index": "select",
+    "checkpoint": "pretrain",
+    "labels": "probe",
+    "influence model": "fit",
+    "scores": "score",
+    "evaluation": "evaluate",
+}
+"""The verb that makes each kind of artifact."""
+
+
 def load(directory: Path, kind: str | None = None) -> Manifest:
     """Read an artifact's manifest and check kind and file sizes.
 
@@ -283,7 +298,8 @@ def load(directory: Path, kind: str | None = None) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         wanted = f"{kind} " if kind else ""
-        raise ArtifactError(f"{directory}: no complete {wanted}artifact here ({MANIFEST_NAME} is missing); run the step that makes it")
+        step = f"`mates {MADE_BY[kind]}`" if kind in MADE_BY else "the step that makes it"
+        raise ArtifactError(f"{directory}: no complete {wanted}artifact here ({MANIFEST_NAME} is missing); run {step}")
     raw = read_json(path)
     if isinstance(raw, dict) and raw.get("format", FORMAT) != FORMAT:
         raise ArtifactError(f"{path}: format {raw['format']!r}, this version reads {FORMAT}")
@@ -326,12 +342,18 @@ def load(directory: Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def verify(directory: Path, kind: str | None = None) -> Manifest:
-    """:func:`load`, and also hash every file against the manifest, on all cores. ArtifactError names the first file that differs."""
+def verify(directory: Path, kind: str | None = None, *, below: str = "") -> Manifest:
+    """:func:`load`, and also hash every file against the manifest, on all cores. ArtifactError names the first file that differs.
+
+    Args:
+        directory, kind: as there.
+        below: hash only files whose names begin so.
+    """
     manifest = load(directory, kind)
     pieces: list[tuple[Path, int, int, str]] = []
     for name, record in manifest.files.items():
-        pieces += [(directory / name, *piece) for piece in record.pieces()]
+        if name.startswith(below):
+            pieces += [(directory / name, *piece) for piece in record.pieces()]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 32)) as pool:
         digests = pool.map(lambda piece: _digest_of_range(*piece[:3]), pieces)
         for (path, start, size, expected), found in zip(pieces, digests, strict=True):

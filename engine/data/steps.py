@@ -44,6 +44,8 @@ def sample_corpus_step(recipe: Recipe) -> Manifest | None:
 
 def input_files(recipe: Recipe) -> list[InputFile]:
     """The recipe's input files, ``sample`` standing for the shards of the embedded corpus."""
+    if SAMPLE in recipe.corpus.inputs:
+        artifact.load(layout_of(recipe).sample_corpus, "sample-corpus")
     shards = f"{glob.escape(str(layout_of(recipe).sample_corpus))}/shard-*.json.gz"
     return find_inputs([shards if item == SAMPLE else item for item in recipe.corpus.inputs])
 
@@ -139,6 +141,8 @@ def _say_corpora(done: dict[str, Manifest], directory: Path) -> None:
 def reference_step(recipe: Recipe) -> list[Manifest]:
     """Pack the reference task's two halves, and the further tasks."""
     layout, config = layout_of(recipe), recipe.reference
+    if config.source == SAMPLE:
+        artifact.load(layout.sample_corpus, "sample-corpus")
     sources = [layout.sample_corpus / name for name in SAMPLE_REFERENCE] if config.source == SAMPLE else [Path(config.source)]
     halves = make_reference(
         layout.reference("train").parent,

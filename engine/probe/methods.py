@@ -27,6 +27,7 @@ from mates.engine.probe.oracle import Batches, Losses, Oracle, stepped
 from mates.engine.probe.shards import Shards
 from mates.engine.probe.taps import Autograd, TappedBatch, Taps
 from mates.kernels.adamw.reference import adam_update
+from mates.preprocess.artifact import ArtifactError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,6 +89,13 @@ def make_setting(
     """
     assert not (generic and shards), "sharded models are probed through taps"
     if not shards:
+        asked = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        found = {name: tuple(value.shape) for name, value in state.weights.items()}
+        if asked != found:
+            name = min(name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name))
+            raise ArtifactError(
+                f"the checkpoint is of another model: {name} has shape {found.get(name, 'none')}, expected {asked.get(name, 'none')}"
+            )
         for name, parameter in model.named_parameters():
             parameter.data = state.weights[name]
     taps = Autograd(model, products) if generic else Taps(model, products)

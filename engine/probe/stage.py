@@ -36,6 +36,10 @@ from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 
 LABELS_FILE, FIDELITY_FILE = "labels.parquet", "fidelity.parquet"
+NOT_IN_CHUNKS = ("method", "fidelity_samples", "min_fidelity")
+"""Settings of the probe that say which samples are probed by what, and change nothing about a sample's influence."""
+COMPARISON = "comparing methods"
+LOW_RELIABILITY = 0.8
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 """Of weights, moments and losses, by ``probe.precision``."""
 
@@ -54,6 +58,16 @@ def probed_samples(recipe: Recipe, pool_samples: int, stage: int) -> npt.NDArray
             f"enlarge corpus.pool_share (now {recipe.corpus.pool_share}) or probe fewer"
         )
     return KeyedPermutation(pool_samples, recipe.seed, "probe", stage)(np.arange(wanted))
+
+
+def calibration_ids(recipe: Recipe, pool_samples: int, stage: int) -> npt.NDArray[np.int64]:
+    """Ids of the pool samples that means are taken over: others than are probed, as far as the pool has them.
+
+    A method that is compared with exact influences on its own calibration samples looks better than it is.
+    """
+    wanted = min(recipe.probe.calibration_samples, pool_samples)
+    stop = min(pool_samples, recipe.probe.samples + wanted)
+    return KeyedPermutation(pool_samples, recipe.seed, "probe", stage)(np.arange(stop - wanted, stop))
 
 
 def probe_flops(
@@ -145,11 +159,10 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         names=[reference.name for reference in references],
         prober=open_prober(recipe, parent, pool, references, stage, world),
         label=f"probe {method} stage {stage}",
-        started=started,
     )
-    report = job.compare(np.sort(ids[: recipe.probe.fidelity_samples])) if recipe.probe.fidelity_samples else {}
+    seconds, report = job.compare(np.sort(ids[: recipe.probe.fidelity_samples]), started) if recipe.probe.fidelity_samples else (0.0, {})
     by = report.get("method", recipe.probe.method)
-    seconds = job.run("parts", np.sort(ids), [by])
+    seconds += job.run("parts", np.sort(ids), [by], started=time.perf_counter() if report else started)
     baseline = job.prober.exact.baseline.means.tolist()
     branch = artifact.load(parent).info["branch"]["seconds"] if recipe.probe.after_decay else 0.0
     cost = Cost(
@@ -171,6 +184,7 @@ def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence
         padded_vocabulary(vocabulary["vocab_size"], recipe.model.vocab_multiple),
         vocabulary["end_of_document"],
     )
+    world.same(lambda: artifact.verify(parent, below=f"{checkpoint.STATE}/"))
     shards = None
     if probe.shard_over > 1:
         rows = Rows(world.rank % probe.shard_over, probe.shard_over)
@@ -185,7 +199,7 @@ def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence
         label_batches(one, batch_tokens=probe.reference_batch_tokens, device=device, items=_subset(recipe, one.items, stage))
         for one in references
     ]
-    known = pool.windows(np.sort(probed_samples(recipe, pool.samples, stage)[: probe.calibration_samples]))
+    known = pool.windows(np.sort(calibration_ids(recipe, pool.samples, stage)))
     calibration = [
         torch.from_numpy(known[start : start + probe.micro_batch_size]).to(device) for start in range(0, len(known), probe.micro_batch_size)
     ]
@@ -216,10 +230,9 @@ class _Job:
     names: list[str]
     prober: Prober
     label: str
-    started: float
 
-    def run(self, folder: str, ids: npt.NDArray[np.int64], methods: Sequence[str], *, halves: bool = False) -> float:
-        """Probe samples by some methods into chunk files of ``folder``; seconds, earlier attempts and steps included.
+    def run(self, folder: str, ids: npt.NDArray[np.int64], methods: Sequence[str], *, started: float, halves: bool = False) -> float:
+        """Probe samples by some methods into chunk files of ``folder``; seconds from ``started`` on, earlier attempts included.
 
         Samples are taken in the order of their ids, so that a chunk, in which micro-batches form, is the same however they were asked for.
         """
@@ -228,27 +241,43 @@ class _Job:
         def make(number: int, path: Path) -> None:
             own = ids[number * size : (number + 1) * size]
             probed = self.prober.probe(self.pool.windows(own), methods, halves=halves)
+            self._refuse_broken(probed)
             if self.world.rank % self.recipe.probe.shard_over == 0:
                 with artifact.atomic_file(path) as handle:
                     pq.write_table(_table(own, probed, self.names), handle)
 
         return run_chunks(
             self.request.directory / folder,
-            plan={"settings": self.request.settings, "inputs": self.request.inputs, "chunk_size": size, "methods": list(methods)},
+            plan={
+                "settings": {name: value for name, value in self.request.settings.items() if name not in NOT_IN_CHUNKS},
+                "inputs": self.request.inputs,
+                "chunk_size": size,
+                "methods": list(methods),
+            },
             chunks=-(-len(ids) // size),
             file_name=_part_name,
             make=make,
             world=self.world,
-            label=self.label,
-            started=self.started,
+            label=f"{self.label}: {COMPARISON}" if halves else self.label,
+            started=started,
             team=self.recipe.probe.shard_over,
         )
 
-    def compare(self, ids: npt.NDArray[np.int64]) -> dict[str, Any]:
-        """The fidelity of every method on these samples, and the method that labels are taken by."""
-        self.run("fidelity", ids, [*ESTIMATES, "sgd", "exact"], halves=True)
+    def _refuse_broken(self, probed: Probed) -> None:
+        """Nothing is kept of a state that gives influences which are not finite."""
+        broken = sum(int((~np.isfinite(values)).sum()) for values in probed.influences.values())
+        if broken:
+            checkpoint_of = self.request.inputs["checkpoint"][:12]
+            raise ArtifactError(
+                f"{self.label}: {broken} influences of the first samples that were probed now are not finite; the checkpoint "
+                f"{checkpoint_of} or its optimizer state holds numbers that are not finite, or too large for {self.recipe.probe.precision}"
+            )
+
+    def compare(self, ids: npt.NDArray[np.int64], started: float) -> tuple[float, dict[str, Any]]:
+        """Seconds from ``started`` on; the fidelity of every method on these samples, and the method that labels are taken by."""
+        seconds = self.run("fidelity", ids, [*ESTIMATES, "sgd", "exact"], started=started, halves=True)
         report: dict[str, Any] = self.world.same(lambda: self._report(_joined(self.request.directory / "fidelity", ids)))
-        return report
+        return seconds, report
 
     def _report(self, table: pa.Table) -> dict[str, Any]:
         probe, seed = self.recipe.probe, self.recipe.seed
@@ -277,12 +306,6 @@ class _Job:
         sorted_ids = np.sort(ids)
         table = _joined(parts, sorted_ids).take(pa.array(np.searchsorted(sorted_ids, ids)))
         columns = {influence_column(name): table[f"{by}.{name}"].to_numpy() for name in self.names}
-        for values in columns.values():
-            if not np.isfinite(values).all():
-                raise ArtifactError(
-                    f"{parts}: {int((~np.isfinite(values)).sum())} influences are not finite; "
-                    "the checkpoint or its optimizer state is broken"
-                )
         labels = pa.table(
             {"sample_id": ids}
             | columns
@@ -298,21 +321,24 @@ class _Job:
             with artifact.atomic_file(directory / FIDELITY_FILE) as handle:
                 pq.write_table(_joined(directory / "fidelity", compared), handle)
             files.append(FIDELITY_FILE)
-        values = columns[influence_column(self.names[0])]
-        info = {
-            "samples": len(ids),
-            "method": by,
-            "mean_nats": float(values.mean()),
-            "sd_nats": float(values.std()),
-            "helpful_share": float((values < 0).mean()),
-            "baseline_loss_nats": baseline[0],
-            "references": self.names,
-        } | ({"fidelity": report} if report else {})
+        influences = {
+            name: {
+                "baseline_loss_nats": loss,
+                "mean_nats": float(columns[influence_column(name)].mean()),
+                "sd_nats": float(columns[influence_column(name)].std()),
+                "helpful_share": float((columns[influence_column(name)] < 0).mean()),
+            }
+            for name, loss in zip(self.names, baseline, strict=True)
+        }
+        info = {"samples": len(ids), "method": by, "references": self.names, "influences": influences}
+        if report:
+            info["fidelity"] = report
         manifest = self.request.commit(info=info, cost=cost, files=files)
         for folder in ("parts", "fidelity"):
             shutil.rmtree(directory / folder, ignore_errors=True)
-        helpful = f"{100 * (values < 0).mean():.0f}% of the samples lower the reference loss"
-        say(f"probe: {len(ids)} influences by {by}, mean {values.mean():+.2e} nats, SD {values.std():.2e}, {helpful}")
+        for name, one in influences.items():
+            helpful = f"{100 * one['helpful_share']:.0f}% of the samples lower its loss"
+            say(f"probe: {name}: {len(ids)} influences by {by}, mean {one['mean_nats']:+.2e} nats, SD {one['sd_nats']:.2e}, {helpful}")
         return manifest
 
 
@@ -331,7 +357,14 @@ def _table(ids: npt.NDArray[np.int64], probed: Probed, names: Sequence[str]) -> 
 
 
 def _joined(folder: Path, ids: npt.NDArray[np.int64]) -> pa.Table:
-    table = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("part-*.parquet")))
+    tables = []
+    for path in sorted(folder.glob("part-*.parquet")):
+        try:
+            tables.append(pq.read_table(path))
+        except (pa.ArrowInvalid, OSError) as error:
+            path.unlink()
+            raise ArtifactError(f"{path}: not readable ({error}) and removed; run the same command again, which makes it anew") from error
+    table = pa.concat_tables(tables)
     if table["sample_id"].to_numpy().tolist() != ids.tolist():
         raise ArtifactError(
             f"{folder}: the parts hold {table.num_rows} samples, not the {len(ids)} asked for; remove {folder} and probe again"
@@ -342,6 +375,8 @@ def _joined(folder: Path, ids: npt.NDArray[np.int64]) -> pa.Table:
 def _lines(found: Mapping[str, Sequence[Fidelity]], oracle: Sequence[Interval | None], names: Sequence[str], samples: int) -> Iterator[str]:
     for number, name in enumerate(names):
         yield f"probe: {name}: agreement with exact influences on {samples} samples (their own reliability: {shown(oracle[number])})"
+        if (one := oracle[number]) is None or one.value < LOW_RELIABILITY:
+            yield f"probe: WARNING: two halves of {name} rank samples differently: it is too small for what it is asked; give it more items"
         for method, row in found.items():
             yield f"probe:   {method.ljust(9)} Spearman {shown(row[number].spearman)}, Pearson {shown(row[number].pearson)}"
 

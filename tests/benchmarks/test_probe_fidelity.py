@@ -19,7 +19,8 @@ def rows() -> list[dict[str, Any]]:
     rank = {"value": 0.9, "low": 0.8, "high": 0.95}
     methods = {method: {"lambada": {"spearman": rank, "pearson": rank}} for method in (*ESTIMATES, "sgd")}
     fidelity = {"methods": methods, "reliability": {"lambada": rank}, "samples": 16}
-    one = {"step": 40, "baseline_loss_nats": 5.5, "mean_nats": -1e-3, "sd_nats": 2e-3, "helpful_share": 0.6, "fidelity": fidelity}
+    influences = {"baseline_loss_nats": 5.5, "mean_nats": -1e-3, "sd_nats": 2e-3, "helpful_share": 0.6}
+    one = {"step": 40, "influences": {"lambada": influences}, "fidelity": fidelity}
     return [copy.deepcopy(one) for _ in range(STAGES)]
 
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, pearson, reliability, shown, spearman
+from mates.engine.probe.fidelity import (
+    Fidelity,
+    Interval,
+    cheapest,
+    fidelity_of,
+    interval,
+    lower_bound,
+    pearson,
+    reliability,
+    shown,
+    spearman,
+)
 
 
 def columns(n: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +69,18 @@ def test_a_constant_column_has_no_correlation() -> None:
     assert found.as_json() == {"spearman": None, "pearson": None}
     assert shown(found.spearman) == "not defined"
     assert cheapest(["linear"], {"linear": [found]}, -1.0, "exact") == "exact"
+
+
+def test_few_equally_ordered_samples_prove_little() -> None:
+    """The bootstrap of a perfect correlation has no width."""
+    for n, least in ((8, 0.80), (16, 0.98), (128, 0.9999)):
+        first = np.arange(n, dtype=np.float64)
+        found = fidelity_of(first, first, seed=0).spearman
+        assert found is not None
+        assert found.value == 1
+        assert least < found.low < 1
+    assert lower_bound(0.9, 103) == pytest.approx(np.tanh(np.arctanh(0.9) - 1.96 * np.sqrt((1 + 0.81 / 2) / 100)))
+    assert lower_bound(-1.0, 10) >= -1
 
 
 def fidelity(low: float) -> Fidelity:

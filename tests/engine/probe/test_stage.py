@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -30,8 +33,20 @@ from mates.engine.config import (
 from mates.engine.distributed import World
 from mates.engine.layout import layout_of
 from mates.engine.loop import DATA_VERBS
+from mates.engine.pretrain import checkpoint
+from mates.engine.probe import stage as stage_module
 from mates.engine.probe.prober import ESTIMATES
-from mates.engine.probe.stage import FIDELITY_FILE, LABELS_FILE, influence_column, label_weights, probe_stage, read_labels
+from mates.engine.probe.stage import (
+    FIDELITY_FILE,
+    LABELS_FILE,
+    calibration_ids,
+    influence_column,
+    label_weights,
+    probe_stage,
+    probed_samples,
+    read_labels,
+)
+from mates.engine.probe.stage import _joined as joined
 from mates.launchers.local import console_script, run_plain, step_environment
 from mates.launchers.verbs import data_step, stage_step, write_recipe
 from mates.preprocess import artifact
@@ -160,6 +175,100 @@ def test_a_model_in_shards_gives_the_same_labels(recipe: Recipe, method: ProbeMe
     for name in (influence_column("last-word"), "grad_norm"):
         values, whole = found[name].to_numpy(), expected[name].to_numpy()
         assert np.abs(values - whole).max() <= 1e-3 * whole.std()
+
+
+def test_means_are_taken_over_other_samples_than_are_probed(recipe: Recipe) -> None:
+    for pool in (40, 1_000):
+        probed_ids = set(probed_samples(recipe, pool, 1).tolist())
+        calibration = calibration_ids(recipe, pool, 1).tolist()
+        assert len(set(calibration)) == recipe.probe.calibration_samples
+        assert not probed_ids & set(calibration)
+    # a pool that has no others
+    assert set(calibration_ids(recipe, 24, 1).tolist()) <= set(probed_samples(recipe, 24, 1).tolist())
+
+
+def state_file(recipe: Recipe) -> Path:
+    return next((layout_of(recipe).checkpoint("shared", 0) / "state").glob("weights-*.safetensors"))
+
+
+def test_a_changed_checkpoint_is_not_probed(recipe: Recipe) -> None:
+    file = state_file(recipe)
+    right = file.read_bytes()
+    try:
+        file.write_bytes(right[:-4_000] + bytes(4_000))
+        with pytest.raises(artifact.ArtifactError, match=f"{re.escape(str(file))}: BLAKE3 .* the file was changed"):
+            probed(recipe)
+    finally:
+        file.write_bytes(right)
+
+
+def test_influences_that_are_not_finite_are_not_kept(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = checkpoint.read_state
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        state, manifest = right(*arguments, **options)
+        next(iter(state.weights.values()))[0, 0] = float("nan")
+        return state, manifest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read_state", broken)
+        with pytest.raises(artifact.ArtifactError, match="influences of the first samples that were probed now are not finite"):
+            probed(recipe, method="linear", fidelity_samples=0)
+    directory = layout_of(recipe).labels("mates", 1)
+    assert not list(directory.glob("parts/part-*"))
+    assert probe_stage(replace(recipe, probe=replace(recipe.probe, method="linear", fidelity_samples=0)), ALONE, "mates", 1)
+
+
+def test_a_part_that_cannot_be_read_is_made_anew(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pq.read_table(probed(recipe, method="linear")[0] / LABELS_FILE)
+    asked = replace(recipe, probe=replace(recipe.probe, method="linear"))
+    directory = layout_of(recipe).labels("mates", 1)
+    shutil.rmtree(directory)
+    for folder in ("fidelity", "parts"):
+        with monkeypatch.context() as patch:
+            patch.setattr(stage_module, "_joined", Mock(side_effect=KeyboardInterrupt) if folder == "fidelity" else joined_but_parts)
+            with pytest.raises(KeyboardInterrupt):
+                probe_stage(asked, ALONE, "mates", 1)
+        (directory / folder / "part-000001.parquet").write_bytes(b"not Parquet")
+        (directory / folder / "seconds.json").write_text("{")
+        with pytest.raises(
+            artifact.ArtifactError, match=f"{folder}/part-000001.parquet: not readable .* removed; run the same command again"
+        ):
+            probe_stage(asked, ALONE, "mates", 1)
+    probe_stage(asked, ALONE, "mates", 1)
+    assert pq.read_table(directory / LABELS_FILE).equals(expected)
+
+
+def joined_but_parts(folder: Path, ids: Any) -> Any:
+    if folder.name == "parts":
+        raise KeyboardInterrupt
+    return joined(folder, ids)
+
+
+def test_the_time_of_every_attempt_is_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = layout_of(recipe).labels("mates", 1)
+    shutil.rmtree(directory, ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "_joined", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            probe_stage(recipe, ALONE, "mates", 1)
+    (directory / "fidelity" / "seconds.json").write_text("1000")
+    assert 1_000 < probe_stage(recipe, ALONE, "mates", 1).cost.seconds < 1_900
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--model.heads", "4"], "model.heads: 2, now asked 4"),
+        (["--model.tie_embeddings", "true"], "model.tie_embeddings: false, now asked true"),
+        (["--model.layers", "1"], "model.layers: 2, now asked 1"),
+        (["--pretrain.lr", "0.01"], "pretrain.lr: 0.001, now asked 0.01"),
+    ],
+)
+def test_another_model_than_the_checkpoints_is_refused(recipe: Recipe, change: list[str], said: str) -> None:
+    done = subprocess.run([*command(recipe), *change], env=step_environment(1), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def command(recipe: Recipe) -> list[str]:
