@@ -498,7 +498,7 @@ class LaunchConfig:
     threads: int = 0
     """CPU threads of a process; 0 divides the machine's cores by the processes."""
     timeout_minutes: float = 30.0
-    """Minutes that a rank waits for another one in a collective before the step fails."""
+    """Minutes that a rank may be silent (stopped, swapped out, cut off) before the step fails, which names it."""
     deepspeed: dict[str, object] = field(default_factory=dict)
     """Further keys of the DeepSpeed configuration, passed through as they are."""
 

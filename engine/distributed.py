@@ -20,8 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mates.engine.heartbeat import Heartbeats, start_heartbeats
+
 PROMISED_WORLD_SIZE = "MATES_WORLD_SIZE"
 PARENT = "MATES_PARENT"
+
+
+_beating: list[Heartbeats] = []
 
 
 class LaunchError(RuntimeError):
@@ -108,12 +113,17 @@ def join(*, timeout_minutes: float, threads: int) -> World:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    # a little longer than heartbeats wait, which can name the rank that is silent
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes, seconds=8))
+    if size > 1:
+        _beating.append(start_heartbeats(rank, size, host=os.environ["MASTER_ADDR"], limit_seconds=60 * timeout_minutes))
     return World(rank, size, device)
 
 
 def leave() -> None:
     """Leave the process group."""
+    while _beating:
+        _beating.pop().leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -184,12 +184,12 @@ def recipe_file(tmp_path: Path) -> tuple[Path, Recipe]:
 
 def test_seeds_have_their_own_run_and_one_data_folder(recipe_file: tuple[Path, Recipe], tmp_path: Path) -> None:
     own = ["--methods", "random,mates-topk", "--seeds", "2", "--out", str(tmp_path / "out")]
-    options, recipes = parse([str(recipe_file[0]), "--pretrain.lr", "0.002", *own, "--probe.samples", "30"])
+    options, recipes = parse([str(recipe_file[0]), "--pretrain.lr", "0.002", *own, "--probe.samples", "50"])
     assert options.results.parts[-2:] == ("benchmarks", "results")
     assert [recipe.seed for recipe in recipes] == [0, 1]
     assert [recipe.run_dir for recipe in recipes] == [str(tmp_path / "out" / f"seed-{k}") for k in (0, 1)]
     assert {recipe.data_dir for recipe in recipes} == {str(tmp_path / "out" / "data")}
-    assert {(r.pretrain.lr, r.probe.samples, tuple(r.methods)) for r in recipes} == {(0.002, 30, ("random", "mates-topk"))}
+    assert {(r.pretrain.lr, r.probe.samples, tuple(r.methods)) for r in recipes} == {(0.002, 50, ("random", "mates-topk"))}
 
 
 @pytest.mark.parametrize("options", [["--methods", "mates"], ["--methods", "random,mate"], ["--seeds", "0"]])

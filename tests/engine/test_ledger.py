@@ -85,7 +85,7 @@ def test_a_step_that_is_not_done_is_none_and_makes_its_sums_none(recipe: Recipe)
 
 
 def test_an_artifact_of_another_recipe_does_not_count(complete: Recipe) -> None:
-    other = replace(complete, probe=replace(complete.probe, samples=30))
+    other = replace(complete, probe=replace(complete.probe, samples=50))
     ledger = collect(other)
     probe = ledger.entry("probe", "mates", 1)
     assert probe is not None

@@ -6,12 +6,14 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -130,6 +132,22 @@ def test_a_signal_during_the_data_steps_ends_the_run_at_once(recipe: Path, tmp_p
         _, errors = process.communicate()
     assert process.returncode == 75
     assert "stopped, as asked" in errors
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_falls_silent_is_named(recipe: Path, tmp_path: Path, rank: int) -> None:
+    run_dir, limit = tmp_path / "run", 6
+    command_line = command(recipe, run_dir, "--launch.timeout_minutes", str(limit / 60), "--pretrain.steps_per_stage", "1000")
+    with subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not logged(run_dir):
+            assert process.poll() is None
+            time.sleep(0.01)
+        (pid,) = [child.pid for child in psutil.Process(process.pid).children(recursive=True) if child.environ().get("RANK") == str(rank)]
+        os.kill(pid, signal.SIGSTOP)
+        _, errors = process.communicate()
+    assert f"rank {rank} ({socket.gethostname()}, process {pid}): not heard of for {limit} s" in errors
+    assert process.returncode == 1
+    assert not psutil.pid_exists(pid)
 
 
 def test_a_bad_step_stops_training_and_can_be_passed_over(recipe: Path, tmp_path: Path) -> None:
