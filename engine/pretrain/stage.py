@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mates.engine.config import Recipe
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
+from mates.engine.data.loader import Batches
 from mates.engine.distributed import World
 from mates.engine.flops import decoder_training
 from mates.engine.layout import layout_of
@@ -110,7 +111,7 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     if len(index.ids) != wanted:
         raise ArtifactError(f"{layout.index(method, stage)}: {len(index.ids)} samples, the stage trains on {wanted}")
     trainer = new_trainer(recipe, world, corpus)
-    run = _StageRun(recipe, trainer, corpus, np.asarray(index.ids), request, method, stage, started, signals)
+    run = _StageRun(recipe, trainer, corpus, index.ids, request, method, stage, started, signals)
     run.restore()
     run.train()
     manifest = run.save(request)
@@ -187,12 +188,12 @@ class _StageRun:
         config, world = self.recipe.pretrain, self.trainer.world
         done = len(self.losses)
         label = f"pretrain {self.method} stage {self.stage}"
-        with Progress(label, config.steps_per_stage, "step", done=done, enabled=world.first) as progress:
-            for step in range(done + 1, config.steps_per_stage + 1):
-                batch = self.ids[(step - 1) * config.batch_size : step * config.batch_size]
+        progress = Progress(label, config.steps_per_stage, "step", done=done, enabled=world.first)
+        batches = Batches(self.corpus, self.ids, config.batch_size, rank=world.rank, ranks=world.size, first=done)
+        with progress, batches:
+            for step, windows in enumerate(batches, done + 1):
                 lr = learning_rate(config, self.first_step + step)
                 is_to_stop = self.signals is not None and self.signals.received
-                windows = self.corpus.windows(self.trainer.share(batch))
                 result = self.trainer.step(windows, lr, limit=self.spikes.limit(), is_to_stop=is_to_stop)
                 if result.refused is None:
                     self.spikes.recent.append(result.worst_nats)

@@ -111,11 +111,12 @@ class Trainer:
         self.updates = 0
         """Optimizer steps taken so far, by all attempts."""
 
-    def step(self, windows: npt.NDArray[np.int64], lr: float, *, limit: float = math.inf, is_to_stop: bool = False) -> StepResult:
+    def step(self, windows: npt.NDArray[np.integer[Any]], lr: float, *, limit: float = math.inf, is_to_stop: bool = False) -> StepResult:
         """One optimizer step; none where the loss of a rank is not finite or above ``limit``, or the gradient is not finite.
 
         Args:
-            windows: [B / ranks, L + 1], this rank's share of the global batch.
+            windows: [B / ranks, L + 1], this rank's share of the global batch; of any dtype, so that no more bytes than there are go to
+                the device.
             lr: learning rate of this step.
             limit: the largest loss in nats that is believed, the same on all ranks.
             is_to_stop: whether this rank is asked to stop.
@@ -167,9 +168,9 @@ class Trainer:
         optimizer.__dict__.pop("step", None)
         return norm
 
-    def _micro_batches(self, windows: npt.NDArray[np.int64]) -> Iterator[torch.Tensor]:
+    def _micro_batches(self, windows: npt.NDArray[np.integer[Any]]) -> Iterator[torch.Tensor]:
         for start in range(0, len(windows), self.micro_batch):
-            yield torch.from_numpy(windows[start : start + self.micro_batch]).to(self.world.device)
+            yield torch.from_numpy(windows[start : start + self.micro_batch]).to(self.world.device).long()
 
     def share(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """This rank's part of a global batch of sample ids: the ranks' parts, in order, are the batch."""
