@@ -361,7 +361,7 @@ def _joined(folder: Path, ids: npt.NDArray[np.int64]) -> pa.Table:
     for path in sorted(folder.glob("part-*.parquet")):
         try:
             tables.append(pq.read_table(path))
-        except (pa.ArrowInvalid, OSError) as error:
+        except pa.ArrowInvalid as error:
             path.unlink()
             raise ArtifactError(f"{path}: not readable ({error}) and removed; run the same command again, which makes it anew") from error
     table = pa.concat_tables(tables)
