@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mates.engine.data.index import load_array
+from mates.engine.pretrain.reshape import read_universal, write_universal
 from mates.engine.pretrain.trainer import Trainer, weight_decay_of
+from mates.engine.progress import say
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 
@@ -70,6 +72,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     whole = request.kind == "checkpoint"
     info: dict[str, Any] = asdict(progress) | {"skipped": list(progress.skipped), "recent_nats": list(progress.recent_nats)}
+    info |= {"ranks": world.size, "zero_stage": trainer.config.zero_stage}
     with _explained(directory):
         trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state={"step": progress.step})
         if whole:
@@ -167,15 +170,44 @@ class _ShardWriter:
 def load(directory: Path, trainer: Trainer, kind: str) -> Manifest:
     """Restore the engine from a checkpoint whose every file has been hashed against the manifest. All ranks take part.
 
+    One of another number of ranks or ZeRO stage is converted beside it first, which takes as much space again for a while.
+
     Raises:
         ArtifactError: damaged, or not a checkpoint of this kind.
     """
     manifest: Manifest = trainer.world.same(lambda: artifact.verify(directory, kind))
-    path, client = trainer.engine.load_checkpoint(str(directory / DEEPSPEED), tag=TAG)
-    if path is None or client["step"] != manifest.info["step"]:
-        raise ArtifactError(f"{directory}: DeepSpeed could not restore step {manifest.info['step']} from it")
+    saved_by = manifest.info["ranks"], manifest.info["zero_stage"]
+    if saved_by == (trainer.world.size, trainer.config.zero_stage):
+        path, client = trainer.engine.load_checkpoint(str(directory / DEEPSPEED), tag=TAG)
+        if path is None or client["step"] != manifest.info["step"]:
+            raise ArtifactError(f"{directory}: DeepSpeed could not restore step {manifest.info['step']} from it")
+    else:
+        _load_reshaped(directory, trainer, *saved_by)
     trainer.updates = int(manifest.info["updates"])
     return manifest
+
+
+def _load_reshaped(directory: Path, trainer: Trainer, ranks: int, zero_stage: int) -> None:
+    """Restore a checkpoint of other ranks or another ZeRO stage."""
+    world, config = trainer.world, trainer.config
+    folder = directory.with_name(f".{directory.name}.universal")
+
+    def convert() -> None:
+        say(f"{directory}: saved by {ranks} ranks with ZeRO-{zero_stage}; converting for {world.size} with ZeRO-{config.zero_stage}")
+        shutil.rmtree(folder, ignore_errors=True)
+        with _explained(directory):
+            write_universal(
+                directory / DEEPSPEED / TAG,
+                folder,
+                zero_stage=zero_stage,
+                groups=trainer.group_shapes,
+                clip_norm=config.clip_norm,
+            )
+
+    world.same(convert)
+    read_universal(folder, trainer.engine, zero_stage=config.zero_stage)
+    world.barrier()
+    world.same(lambda: shutil.rmtree(folder))
 
 
 def _rows_of(handle: Any, key: str, bounds: Callable[[int], tuple[int, int]] | None) -> torch.Tensor:

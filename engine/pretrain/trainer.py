@@ -95,8 +95,13 @@ class Trainer:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups: dict[float, list[nn.Parameter]] = {}
-        for parameter in model.parameters():
-            groups.setdefault(weight_decay_of(parameter, config), []).append(parameter)
+        shapes: dict[float, dict[str, torch.Size]] = {}
+        for name, parameter in model.named_parameters():
+            decay = weight_decay_of(parameter, config)
+            groups.setdefault(decay, []).append(parameter)
+            shapes.setdefault(decay, {})[name] = parameter.shape
+        self.group_shapes = list(shapes.values())
+        """Whole shapes of the parameters of each optimizer group, by name."""
         optimizer = torch.optim.AdamW(
             [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
             lr=config.lr,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import yaml
@@ -73,10 +74,10 @@ def logged(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def asked_to_stop(recipe: Path, run_dir: Path, step: int, number: signal.Signals, to: str) -> subprocess.CompletedProcess[str]:
+def asked_to_stop(recipe: Path, run_dir: Path, step: int, number: signal.Signals, to: str, *more: str) -> subprocess.CompletedProcess[str]:
     """A run that gets a signal after a step."""
     with subprocess.Popen(
-        command(recipe, run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(recipe, run_dir, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         while process.poll() is None and (not (done := logged(run_dir)) or done[-1] < step):
             time.sleep(0.005)
@@ -109,6 +110,20 @@ def test_signals_stop_a_run_that_then_continues(recipe: Path, undisturbed: Path,
     moments = [(5, signal.SIGUSR2, "run"), (20, signal.SIGTERM, "run"), (40, signal.SIGUSR2, "group")]
     stopped_and_continued(recipe, tmp_path / "run", moments)
     assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
+
+
+def test_a_run_goes_on_with_other_processes_and_another_zero_stage(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """2 ranks, then 1, then 2; ZeRO-2, then 3. The samples of each step are the same, and the losses but for the order of sums."""
+    run_dir = tmp_path / "run"
+    assert asked_to_stop(recipe, run_dir, 10, signal.SIGUSR2, "run").returncode == 75
+    assert asked_to_stop(recipe, run_dir, 30, signal.SIGUSR2, "run", "--launch.processes", "1").returncode == 75
+    done = finish(recipe, run_dir, "--pretrain.zero_stage", "3")
+    assert done.returncode == 0, done.stderr
+    assert "saved by 1 ranks with ZeRO-2; converting for 2 with ZeRO-3" in done.stdout
+    assert logged(run_dir) == list(range(1, STEPS + 1))
+    losses, expected = (np.load(folder / "shared/stage0/checkpoint/losses.npy") for folder in (run_dir, undisturbed))
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert not list(run_dir.glob("**/.*universal*"))
 
 
 @pytest.mark.slow
@@ -151,8 +166,8 @@ def test_a_rank_that_falls_silent_is_named(recipe: Path, tmp_path: Path, rank: i
 
 
 def test_a_bad_step_stops_training_and_can_be_passed_over(recipe: Path, tmp_path: Path) -> None:
-    """At so high a learning rate losses go up and down, and with so narrow a limit some are spikes, from the 33rd step on."""
-    run_dir, narrow = tmp_path / "run", ("--pretrain.lr", "0.1", "--pretrain.spike_sd", "0.5")
+    """Without learning losses only go up and down, and with so narrow a limit some are spikes, from the 33rd step on."""
+    run_dir, narrow = tmp_path / "run", ("--pretrain.lr", "1e-9", "--pretrain.spike_sd", "0.3")
     done = finish(recipe, run_dir, *narrow)
     assert done.returncode == 1
     assert done.stderr.count("nats would be believed; weights are those after step") == 1

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
         "resumed_losses": before + after,
         "digest": digest(whole),
         "resumed_digest": digest(resumed),
+        "saved_digest": saved,
         "state_is_saved": saved == read.hexdigest(),
         "reference": reference,
     }
@@ -152,6 +154,15 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
         gaps = torch.cat([(weights[name] - value).flatten() for name, value in expected[1].items()])
         result["weight_error"] = float(gaps.norm() / torch.cat([value.flatten() for value in expected[1].values()]).norm())
     return result
+
+
+def reshaped(source: int, target: int, precision: str, folder: Path, world: distributed.World) -> dict[str, Any]:
+    """Training continued under another ZeRO stage."""
+    trainer = new(target, precision, world)
+    checkpoint.load(folder / f"{source}-{precision}", trainer, "checkpoint")
+    loaded = digest(trainer)
+    decays = [group["weight_decay"] for group in trainer.engine.optimizer.param_groups]
+    return {"losses": train(trainer, STEPS // 2, STEPS), "loaded": loaded, "weight_decays": decays, "updates": trainer.updates}
 
 
 def refused(zero_stage: int, precision: str, world: distributed.World) -> dict[str, Any]:
@@ -204,6 +215,10 @@ def main() -> None:
     world = distributed.join(timeout_minutes=2, threads=1)
     cases = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
     results = {f"{stage} {precision}": case(stage, precision, Path(sys.argv[1]), world) for stage, precision in cases}
+    for (source, precision), target in product(cases, range(4)):
+        if source != target:
+            found = reshaped(source, target, precision, Path(sys.argv[1]), world)
+            results[f"{source} {precision}"].setdefault("reshaped", {})[target] = found
     for stage, precision in cases:
         results[f"{stage} {precision}"]["refused"] = refused(stage, precision, world)
     if world.first:
