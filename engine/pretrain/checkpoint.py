@@ -71,8 +71,7 @@ def save(
     world.same(lambda: shutil.rmtree(directory, ignore_errors=True))
     directory.mkdir(parents=True, exist_ok=True)
     whole = request.kind == "checkpoint"
-    info: dict[str, Any] = asdict(progress) | {"skipped": list(progress.skipped), "recent_nats": list(progress.recent_nats)}
-    info |= {"ranks": world.size, "zero_stage": trainer.config.zero_stage}
+    info: dict[str, Any] = asdict(progress) | {"ranks": world.size, "zero_stage": trainer.config.zero_stage}
     with _explained(directory):
         trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state={"step": progress.step})
         if whole:

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from mates.engine.pretrain.trainer import MOMENTS
+
 TENSORS, GLOBAL = "zero", "optimizer_state.pt"
-
-
 Shapes = dict[str, torch.Size]
 
 
