@@ -28,8 +28,10 @@ OWNED_BY_RECIPE = {
     "fp16": "pretrain.precision",
     "torch_autocast": "pretrain.precision",
     "data_types": "pretrain.precision",
+    "checkpoint": "pretrain.async_checkpoints",
 }
 """Keys of the DeepSpeed configuration that a recipe says by its own fields."""
+OWNED_OF_ZERO = {"stage": "pretrain.zero_stage", "offload_optimizer": "pretrain.offload_optimizer"}
 
 
 class RecipeError(ValueError):
@@ -49,6 +51,9 @@ class CorpusConfig:
     inputs: list[str] = field(default_factory=lambda: [SAMPLE])
     """Files, folders or globs of documents (.json.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), read in the order given, local or as
     fsspec URLs (s3://…, with the package that serves them installed); ``sample`` stands for the embedded corpus."""
+    union: list[str] = field(default_factory=list)
+    """Data folders of other recipes (their ``data_dir``), tokenized with one tokenizer: their corpora are read as one, where they are,
+    instead of ``inputs``, and their tokenizer is taken; ``mates preprocess`` then only notes what they are."""
     text_field: str = "text"
     """Name of the field or column that holds a document's text."""
     metadata_fields: list[str] = field(default_factory=lambda: ["url", "timestamp", "source"])
@@ -79,6 +84,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         require(0 <= self.split_seed < 2**64, "corpus.split_seed", self.split_seed, "0 to 2^64 - 1")
         require(len(self.inputs) > 0, "corpus.inputs", self.inputs, "at least one file, folder or glob")
+        require(len(set(self.union)) == len(self.union), "corpus.union", self.union, "each folder once")
+        require(not self.union or self.inputs == [SAMPLE], "corpus.inputs", self.inputs, "nothing where corpus.union is set")
         require(self.text_field != "", "corpus.text_field", self.text_field, "a field name")
         names = self.metadata_fields
         require(all(names) and len(set(names)) == len(names), "corpus.metadata_fields", names, "different field names")
@@ -205,7 +212,14 @@ class ModelConfig:
     """The language model's shape. Fields left null come from ``preset``, or without one from a 1.6M-parameter GPT-NeoX."""
 
     preset: str | None = None
-    """A known shape: pythia-14m, -31m, -70m, -160m, -410m, -1b, -1.4b, -2.8b, -6.9b or -12b."""
+    """A known shape: pythia-14m, -31m, -70m, -160m, -410m, -1b, -1.4b, -2.8b, -6.9b or -12b; smollm-135m, -360m or -1.7b, tinyllama-1.1b,
+    llama-2-7b or llama-3-8b."""
+    config: str | None = None
+    """A transformers configuration (config.json, or the folder that holds it) of a GPT-NeoX or Llama whose shape is taken; the vocabulary
+    is that of the corpus."""
+    weights: str | None = None
+    """A Hugging Face folder (config.json and safetensors) whose weights training starts from instead of random ones; moments start at
+    0."""
     family: Literal["gpt_neox", "llama"] | None = None
     """Architecture, as transformers names it."""
     hidden_size: int | None = None
@@ -272,6 +286,16 @@ class PretrainConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more arithmetic (which
     the ledger, counting model FLOPs, leaves out)."""
+    offload_optimizer: bool = False
+    """Keep fp32 weights and moments in the memory of the host and take the optimizer step there (ZeRO 1 to 3): less memory, more time."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start of each attempt, faster steps on a GPU."""
+    fused_loss: Literal["auto", "always", "never"] = "auto"
+    """Compute output embedding and cross-entropy in pieces, so that the logits of a micro-batch are never held as a whole, by the package
+    liger-kernel (`pip install mates[gpu]`). ``auto``: on a GPU where it is installed."""
+    reset_at_documents: bool = False
+    """Let no token attend to the documents before its own in a window, and count positions from each document's start; false is the
+    paper's plain windows. Probes and evaluation follow."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What happens at a step whose loss on some rank is not finite or above ``spike_sd``, or whose gradient is not finite. All ranks act
     together, and weights and moments stay as they were: ``stop`` saves a checkpoint and ends with an error, ``skip`` goes on with the next
@@ -281,6 +305,11 @@ class PretrainConfig:
     large."""
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints inside a stage, each of which can be resumed from; the stage's end is always saved."""
+    keep_checkpoints: int = 2
+    """Checkpoints inside a stage that are kept until it ends, the newest; more than one, so that a damaged one can be passed over."""
+    async_checkpoints: bool = True
+    """Write checkpoints inside a stage while training goes on: each rank holds a copy of its part in the host's memory until it is on
+    disk."""
     log_every: int = 10
     """Optimizer steps between log lines."""
 
@@ -291,6 +320,7 @@ class PretrainConfig:
             "micro_batch_size",
             "steps_per_stage",
             "checkpoint_every",
+            "keep_checkpoints",
             "log_every",
         ):
             require(getattr(self, name) >= 1, f"pretrain.{name}", getattr(self, name), "at least 1")
@@ -310,6 +340,8 @@ class PretrainConfig:
         require(self.weight_decay >= 0, "pretrain.weight_decay", self.weight_decay, "0 or more")
         require(self.clip_norm > 0, "pretrain.clip_norm", self.clip_norm, "above 0")
         require(self.zero_stage in (0, 1, 2, 3), "pretrain.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        offloads = self.offload_optimizer
+        require(not offloads or self.zero_stage > 0, "pretrain.zero_stage", self.zero_stage, "1, 2 or 3 where offload_optimizer is set")
         require(self.spike_sd >= 0, "pretrain.spike_sd", self.spike_sd, "0 or more")
 
     @property
@@ -499,6 +531,12 @@ class LaunchConfig:
     """CPU threads of a process; 0 divides the machine's cores by the processes."""
     timeout_minutes: float = 30.0
     """Minutes that a rank may be silent (stopped, swapped out, cut off) before the step fails, which names it."""
+    peak_tflops: float | None = None
+    """Peak rate of one device in TFLOP/s (of its data sheet, dense, in ``pretrain.precision``) that the model FLOPs utilisation in the
+    metrics is a share of; null measures the rate of a large matrix product at the start."""
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl, through DeepSpeed's monitor: ``run_dir``/tensorboard, or Weights & Biases. Each needs its
+    package (`pip install mates[tensorboard]`)."""
     deepspeed: dict[str, object] = field(default_factory=dict)
     """Further keys of the DeepSpeed configuration, passed through as they are."""
 
@@ -506,11 +544,13 @@ class LaunchConfig:
         require(self.processes >= 1, "launch.processes", self.processes, "at least 1")
         require(self.threads >= 0, "launch.threads", self.threads, "0 or more")
         require(self.timeout_minutes > 0, "launch.timeout_minutes", self.timeout_minutes, "above 0")
+        require(self.peak_tflops is None or self.peak_tflops > 0, "launch.peak_tflops", self.peak_tflops, "null or above 0")
         for key, place in OWNED_BY_RECIPE.items():
             require(key not in self.deepspeed, f"launch.deepspeed.{key}", self.deepspeed.get(key), f"nothing: {place} says it")
         zero = self.deepspeed.get("zero_optimization")
-        owned = isinstance(zero, dict) and "stage" in zero
-        require(not owned, "launch.deepspeed.zero_optimization.stage", zero, "nothing: pretrain.zero_stage says it")
+        for key, place in OWNED_OF_ZERO.items():
+            owned = isinstance(zero, dict) and key in zero
+            require(not owned, f"launch.deepspeed.zero_optimization.{key}", zero, f"nothing: {place} says it")
 
 
 @dataclass(frozen=True, kw_only=True)

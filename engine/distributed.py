@@ -65,6 +65,22 @@ class World:
             raise box[1]
         return box[0]
 
+    def gathered(self, make: Callable[[], Any]) -> list[Any]:
+        """Every rank's value of ``make()``, by rank, on all ranks; or, on all ranks, the exception of the lowest rank that had one."""
+        own: list[Any] = [None, None]
+        try:
+            own[0] = make()
+        except Exception as error:
+            own[1] = error
+        found: list[Any] = [own]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, own)
+        for _, failure in found:
+            if failure is not None:
+                raise failure
+        return [value for value, _ in found]
+
     def team(self, size: int) -> Any:
         """The process group of this rank and its neighbours, ``size`` of them; called by all ranks."""
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.size, size)]

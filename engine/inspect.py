@@ -85,9 +85,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _contents(directory: Path, manifest: Manifest) -> Iterator[str]:
     if manifest.kind == "corpus":
         corpus = open_corpus(directory, 1)
-        lengths = corpus.indexed.lengths
+        lengths = np.concatenate([indexed.lengths for _, indexed in corpus.parts])
         spread = f"{int(lengths.min())} to {int(lengths.max()):,} tokens, median {np.median(lengths):.0f}"
-        yield f"{corpus.indexed.documents:,} documents, {len(lengths):,} with tokens: {spread}; {corpus.indexed.tokens.dtype}"
+        documents = sum(indexed.documents for _, indexed in corpus.parts)
+        of = f", a union of {len(corpus.parts)} corpora" if len(corpus.parts) > 1 else ""
+        yield f"{documents:,} documents, {len(lengths):,} with tokens: {spread}; {corpus.dtype}{of}"
     elif manifest.kind == "tokenizer":
         tokenizer, _ = open_tokenizer(directory)
         text = "The quick brown fox"

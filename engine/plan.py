@@ -101,6 +101,9 @@ def _tokens_found(recipe: Recipe) -> tuple[int | None, bool]:
     directory = layout_of(recipe).corpus("train")
     if (directory / artifact.MANIFEST_NAME).exists():
         return int(artifact.load(directory, "corpus").info["tokens"]), False
+    if recipe.corpus.union:
+        parts = [Path(folder) / "corpus" / "train" for folder in recipe.corpus.union]
+        return sum(int(artifact.load(part, "corpus").info["tokens"]) for part in parts), False
     if SAMPLE in recipe.corpus.inputs:
         return None, True
     from mates.preprocess.inputs import InputError, find_inputs

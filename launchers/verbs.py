@@ -322,10 +322,14 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 
 def check_paths(recipe: Recipe) -> None:
     """Refuse files that are not there before the hours of work that come before their use."""
+    from mates.preprocess.artifact import MANIFEST_NAME
     from mates.preprocess.inputs import find_inputs
     from mates.preprocess.tokenizer import load_tokenizer, looks_like_path
 
     find_inputs([item for item in recipe.corpus.inputs if item != SAMPLE])
+    for folder in recipe.corpus.union:
+        there = (Path(folder) / "corpus" / "train" / MANIFEST_NAME).is_file()
+        require(there, "corpus.union", folder, "a data folder in which `mates preprocess` has finished")
     reference = recipe.reference
     sources = [] if reference.source == SAMPLE else [("reference.source", Path(reference.source))]
     sources += [(f"reference.more ({task.name}).source", Path(task.source)) for task in reference.more]

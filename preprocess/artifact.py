@@ -241,15 +241,18 @@ def commit(
         hashed: records of files that were hashed and made durable while they were written; these are not read again.
     """
     names = sorted(files) if files is not None else sorted(_files_below(directory))
-    records = {}
-    for name in names:
+    records = dict(hashed or {})
+
+    def record_of(name: str) -> FileRecord:
         path = directory / name
-        if hashed and name in hashed:
-            records[name] = hashed[name]
-            continue
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-        records[name] = FileRecord(bytes=path.stat().st_size, blake3=digest_of(path))
+        return FileRecord(bytes=path.stat().st_size, blake3=digest_of(path))
+
+    unknown = [name for name in names if name not in records]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 32)) as pool:
+        records |= zip(unknown, pool.map(record_of, unknown), strict=True)
+    records = {name: records[name] for name in names}
     identity_names = sorted(identity) if identity is not None else names
     manifest = Manifest(
         kind=kind,
@@ -421,6 +424,7 @@ class Request:
         cost: Cost,
         files: Iterable[str] | None = None,
         identity: Iterable[str] | None = None,
+        hashed: Mapping[str, FileRecord] | None = None,
     ) -> Manifest:
         """See :func:`commit`."""
         return commit(
@@ -432,6 +436,7 @@ class Request:
             cost=cost,
             files=files,
             identity=identity,
+            hashed=hashed,
         )
 
 

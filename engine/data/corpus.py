@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mates.engine.data.union import part_directories
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Manifest
 from mates.preprocess.corpus import TOKENS_NAME
@@ -22,18 +24,32 @@ def sample_count(tokens: int, length: int) -> int:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus cut into samples: sample i is tokens [i·L, i·L + L + 1) of the stream."""
+    """A corpus cut into samples: sample i is tokens [i·L, i·L + L + 1) of the stream.
+
+    Where it is a union, samples are numbered through its parts in order, and none reaches over the end of a part.
+    """
 
     directory: Path
     manifest: Manifest
-    indexed: Indexed
+    parts: tuple[tuple[Path, Indexed], ...]
+    """Folder and tokens of each part; one where it is no union."""
     length: int
     """L, the tokens of a sample."""
+
+    @cached_property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """[parts + 1], the first sample of each part, and the number of all."""
+        return np.cumsum([0, *(sample_count(len(indexed.tokens), self.length) for _, indexed in self.parts)])
 
     @property
     def samples(self) -> int:
         """Number of samples."""
-        return sample_count(len(self.indexed.tokens), self.length)
+        return int(self.starts[-1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the tokens in the files."""
+        return self.parts[0][1].tokens.dtype
 
     @property
     def fingerprint(self) -> str:
@@ -48,20 +64,37 @@ class Corpus:
         """The same in the dtype of the file, copied once and no more."""
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.samples):
             raise IndexError(f"{self.directory}: sample ids {int(ids.min())} to {int(ids.max())} of {self.samples}")
-        tokens = np.asarray(self.indexed.tokens)
-        # samples overlap by a token; as rows of such a view they are gathered without a step of Python for each
-        rows = np.lib.stride_tricks.as_strided(
-            tokens, (self.samples, self.length + 1), (self.length * tokens.itemsize, tokens.itemsize), writeable=False
-        )
-        return rows[ids]
+        if len(self._rows) == 1:
+            return self._rows[0][ids]
+        result = np.empty((len(ids), self.length + 1), self.dtype)
+        part_of = np.searchsorted(self.starts, ids, side="right") - 1
+        for part in np.unique(part_of):
+            own = part_of == part
+            result[own] = self._rows[part][ids[own] - self.starts[part]]
+        return result
 
-    def document_of(self, sample: int) -> int:
-        """Number of the document that a sample's first token belongs to. IndexError for an id outside the corpus."""
+    @cached_property
+    def _rows(self) -> list[npt.NDArray[np.integer[Any]]]:
+        """Samples of each part as rows of a view, which overlap by a token: gathered without a step of Python for each."""
+        rows = []
+        for part, (_, indexed) in enumerate(self.parts):
+            tokens, samples = np.asarray(indexed.tokens), int(self.starts[part + 1] - self.starts[part])
+            strides = (self.length * tokens.itemsize, tokens.itemsize)
+            rows.append(np.lib.stride_tricks.as_strided(tokens, (samples, self.length + 1), strides, writeable=False))
+        return rows
+
+    def document_of(self, sample: int) -> tuple[Path, int]:
+        """The part, by its folder, and the number in it of the document that a sample's first token belongs to.
+
+        IndexError for an id outside the corpus.
+        """
         if not 0 <= sample < self.samples:
             raise IndexError(f"{self.directory}: sample id {sample} of {self.samples}")
-        offset = sample * self.length * self.indexed.tokens.dtype.itemsize
-        sequence = int(np.searchsorted(self.indexed.pointers, offset, side="right")) - 1
-        return int(np.searchsorted(self.indexed.boundaries, sequence, side="right")) - 1
+        part = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        directory, indexed = self.parts[part]
+        offset = (sample - int(self.starts[part])) * self.length * indexed.tokens.dtype.itemsize
+        sequence = int(np.searchsorted(indexed.pointers, offset, side="right")) - 1
+        return directory, int(np.searchsorted(indexed.boundaries, sequence, side="right")) - 1
 
     def info(self, name: str) -> Any:
         """A figure of the manifest."""
@@ -75,9 +108,14 @@ def open_corpus(directory: Path, length: int, *, verify: bool = False) -> Corpus
         ArtifactError: no corpus, a damaged one, or one too short for a single sample.
     """
     manifest = artifact.verify(directory, "corpus") if verify else artifact.load(directory, "corpus")
-    corpus = Corpus(directory, manifest, open_indexed(directory / TOKENS_NAME), length)
-    if corpus.indexed.tokens.dtype.kind not in "iu":  # DeepSpeed's uint32 has Megatron's code for float32
-        raise ArtifactError(f"{directory}: tokens of dtype {corpus.indexed.tokens.dtype}, expected integers")
+    folders = part_directories(directory, manifest)
+    if verify and folders != [directory]:
+        for folder in folders:
+            artifact.verify(folder, "corpus")
+    corpus = Corpus(directory, manifest, tuple((folder, open_indexed(folder / TOKENS_NAME)) for folder in folders), length)
+    if corpus.dtype.kind not in "iu":  # DeepSpeed's uint32 has Megatron's code for float32
+        raise ArtifactError(f"{directory}: tokens of dtype {corpus.dtype}, expected integers")
     if corpus.samples == 0:
-        raise ArtifactError(f"{directory}: {len(corpus.indexed.tokens)} tokens, too few for one sample of {length} + 1")
+        tokens = sum(len(indexed.tokens) for _, indexed in corpus.parts)
+        raise ArtifactError(f"{directory}: {tokens} tokens, too few for one sample of {length} + 1")
     return corpus

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from mates.engine.config import SAMPLE, Recipe
+from mates.engine.data.union import take_tokenizer, unite_corpora
 from mates.engine.layout import layout_of
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.progress import Progress, say
@@ -27,7 +28,7 @@ SAMPLE_REFERENCE = ("reference-train.jsonl", "reference-test.jsonl")
 
 def uses_sample(recipe: Recipe) -> bool:
     """Whether the recipe reads the embedded corpus or its reference task."""
-    return SAMPLE in recipe.corpus.inputs or recipe.reference.source == SAMPLE
+    return (SAMPLE in recipe.corpus.inputs and not recipe.corpus.union) or recipe.reference.source == SAMPLE
 
 
 def sample_corpus_step(recipe: Recipe) -> Manifest | None:
@@ -74,9 +75,16 @@ def _origin(recipe: Recipe) -> str | None:
     return artifact.load(layout_of(recipe).sample_corpus, "sample-corpus").fingerprint
 
 
+def union_of(recipe: Recipe) -> list[Path]:
+    """The data folders whose corpora the recipe reads as one."""
+    return [Path(folder) for folder in recipe.corpus.union]
+
+
 def tokenizer_step(recipe: Recipe) -> Manifest:
-    """Take or train the tokenizer."""
+    """Take or train the tokenizer, or take that of the corpora that are read as one."""
     config = recipe.tokenizer
+    if recipe.corpus.union:
+        return take_tokenizer(layout_of(recipe).tokenizer, union_of(recipe)[0] / "tokenizer")
     inputs: dict[str, str] = {}
     if config.path is None:
         origin = _origin(recipe) or [[file.name, file.bytes] for file in input_files(recipe)]
@@ -99,6 +107,13 @@ def tokenizer_step(recipe: Recipe) -> Manifest:
 def preprocess_step(recipe: Recipe, ranks: Ranks | None = None) -> dict[str, Manifest]:
     """Tokenize the documents into the train, pool and holdout corpora, as one of the ranks that were started."""
     layout, ranks = layout_of(recipe), ranks or Alone()
+    if recipe.corpus.union:
+        united = on_all(ranks, lambda: unite_corpora(layout, union_of(recipe)) if ranks.rank == 0 else {})[0]
+        if ranks.rank == 0:
+            for split, manifest in united.items():
+                info = manifest.info
+                say(f"preprocess: {split} corpus, a union, of {info['documents']:,} documents, {info['tokens']:,} tokens")
+        return united
     files, origin = on_all(ranks, lambda: (input_files(recipe), _origin(recipe)))[0]  # an error of one rank is told to all
     workers = recipe.corpus.workers or (default_workers() if ranks.size == 1 else 1)
     with Progress("preprocess", sum(file.bytes for file in files), "byte", enabled=ranks.rank == 0 and ranks.size == 1) as shown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -245,5 +246,9 @@ def sample_text(corpus: Corpus, tokenizer: Tokenizer, sample: int) -> str:
 
 def _urls(corpus: Corpus, samples: list[int]) -> list[str | None]:
     """Addresses of the documents that samples begin in, where addresses were kept."""
-    rows = document_rows(corpus.directory, [corpus.document_of(sample) for sample in samples])
-    return list(rows["url"].to_pylist()) if "url" in rows.column_names else [None] * len(samples)
+    return [_url(*corpus.document_of(sample)) for sample in samples]
+
+
+def _url(directory: Path, document: int) -> str | None:
+    rows = document_rows(directory, [document])
+    return rows["url"][0].as_py() if "url" in rows.column_names else None

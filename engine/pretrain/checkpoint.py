@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -25,7 +29,7 @@ from mates.engine.pretrain.reshape import read_universal, write_universal
 from mates.engine.pretrain.trainer import Trainer, weight_decay_of
 from mates.engine.progress import say
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
+from mates.preprocess.artifact import ArtifactError, Cost, DiskFullError, FileRecord, Manifest, Request
 
 DEEPSPEED, EXPORT, STATE = "deepspeed", "hf", "state"
 TAG = "checkpoint"
@@ -50,45 +54,131 @@ class Progress:
     recent_nats: tuple[float, ...] = ()
 
 
-def save(
-    request: Request,
-    trainer: Trainer,
+class Saving:
+    """A checkpoint whose files are being written in the background by each rank, out of copies; training may go on meanwhile.
+
+    All ranks make and finish it together. Until it is finished, by rank 0's manifest, it does not exist.
+    """
+
+    def __init__(self, request: Request, trainer: Trainer, *, progress: Progress, losses: npt.NDArray[np.float64], cost: Cost) -> None:
+        """Copy weights and moments, and begin to write. ``losses`` [stage steps so far]: mean loss of each in nats."""
+        self.request, self.trainer, self._losses, self._cost = request, trainer, losses, cost
+        world, directory = trainer.world, request.directory
+        world.same(lambda: shutil.rmtree(directory, ignore_errors=True))
+        directory.mkdir(parents=True, exist_ok=True)
+        self._info = asdict(progress) | {"ranks": world.size, "zero_stage": trainer.config.zero_stage}
+        with _kept_in_memory(trainer.engine.checkpoint_engine) as copies, _explained(directory):
+            trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state={"step": progress.step})
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written = self._writer.submit(_write_copies, directory, copies)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's files are on disk, or failed to be."""
+        return self._written.done()
+
+    def finish(self, info: Mapping[str, Any] | None = None, identity: Sequence[str] | None = None) -> Manifest:
+        """Wait for all ranks' files and commit.
+
+        Args:
+            info: further figures for the manifest. identity: see :func:`artifact.commit`.
+
+        Raises:
+            ArtifactError: a rank could not write its files; the message is its own.
+        """
+        world, request = self.trainer.world, self.request
+        try:
+            hashed = {name: record for records in world.gathered(self._own_records) for name, record in records.items()}
+        except ArtifactError:  # a half one would be in the way of whoever makes space
+            world.same(lambda: shutil.rmtree(request.directory, ignore_errors=True))
+            raise
+
+        def commit() -> Manifest:
+            artifact.write_array(request.directory / LOSSES, self._losses)
+            return request.commit(info=self._info | dict(info or {}), cost=self._cost, identity=identity, hashed=hashed)
+
+        manifest: Manifest = world.same(commit)
+        return manifest
+
+    def _own_records(self) -> dict[str, FileRecord]:
+        try:
+            return self._written.result()
+        finally:
+            self._writer.shutdown()
+
+    def abandon(self) -> None:
+        """Wait for this rank's files, and leave them without a manifest."""
+        self._writer.shutdown()
+
+
+@contextlib.contextmanager
+def _kept_in_memory(writer: Any) -> Iterator[list[tuple[Path, memoryview]]]:
+    """Let DeepSpeed's writer of files only give their paths and bytes: each is the file as it will be, so no tensor is held twice."""
+    files: list[tuple[Path, memoryview]] = []
+
+    def keep(state_dict: Any, path: str) -> None:
+        buffer = io.BytesIO()
+        torch.save(state_dict, buffer)
+        files.append((Path(path), buffer.getbuffer()))
+
+    writer.save = keep
+    try:
+        yield files
+    finally:
+        del writer.save
+
+
+def _write_copies(directory: Path, files: list[tuple[Path, memoryview]]) -> dict[str, FileRecord]:
+    """Write files durably and hash them on the way; the records by name in the checkpoint.
+
+    Raises:
+        DiskFullError: naming the bytes that are free and those that are needed.
+    """
+    records = {}
+    needed = sum(len(data) for _, data in files)
+    while files:
+        path, data = files.pop(0)
+        try:
+            with path.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            if not artifact.is_disk_full(error):
+                raise
+            raise _disk_full(directory, needed) from error
+        records[str(path.relative_to(directory))] = FileRecord(bytes=len(data), blake3=blake3(data).hexdigest())
+    return records
+
+
+def _disk_full(directory: Path, needed: int | None = None) -> DiskFullError:
+    free = shutil.disk_usage(directory).free
+    wanted = f", {needed:,} are needed for this rank's part" if needed else ""
+    return DiskFullError(
+        f"{directory}: the disk is full ({free:,} bytes free{wanted}); earlier checkpoints are untouched. Make space and run the step again"
+    )
+
+
+def save_stage(
+    saving: Saving,
     *,
-    progress: Progress,
-    losses: npt.NDArray[np.float64],
     next_lr: float,
-    cost: Cost,
     tokenizer_files: Sequence[Path] = (),
 ) -> Manifest:
-    """Write a checkpoint: all ranks take part, rank 0 commits. The kind ``checkpoint`` also gets ``hf/`` and ``state/``.
+    """Finish the checkpoint of a stage's end, which also gets ``hf/`` and ``state/``: all ranks take part.
 
     Args:
-        losses: [stage steps so far], mean loss of each optimizer step in nats.
+        saving: begun by all ranks.
         next_lr: learning rate that the schedule gives to the step after this checkpoint; probes take it.
         tokenizer_files: copied into ``hf/``, so that the export can be used by itself.
     """
-    world, directory = trainer.world, request.directory
-    world.same(lambda: shutil.rmtree(directory, ignore_errors=True))
-    directory.mkdir(parents=True, exist_ok=True)
-    whole = request.kind == "checkpoint"
-    info: dict[str, Any] = asdict(progress) | {"ranks": world.size, "zero_stage": trainer.config.zero_stage}
+    directory, trainer = saving.request.directory, saving.trainer
     with _explained(directory):
-        trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state={"step": progress.step})
-        if whole:
-            optimizer, weights = export_state(directory, trainer, next_lr)
-            info["optimizer"] = optimizer
-            if world.first:
-                _write_export(directory / EXPORT, trainer, weights, tokenizer_files)
-
-    def commit() -> Manifest:
-        with artifact.atomic_file(directory / LOSSES) as handle:
-            np.save(handle, losses, allow_pickle=False)
-        names = [str(path.relative_to(directory)) for path in (directory / STATE).glob("*.safetensors")] + [LOSSES] if whole else None
-        return request.commit(info=info, cost=cost, identity=names)
-
-    world.barrier()
-    result: Manifest = world.same(commit)
-    return result
+        optimizer, weights = export_state(directory, trainer, next_lr)
+        if trainer.world.first:
+            _write_export(directory / EXPORT, trainer, weights, tokenizer_files)
+    state = [str(path.relative_to(directory)) for path in (directory / STATE).glob("*.safetensors")]
+    return saving.finish({"optimizer": optimizer}, [*state, LOSSES])
 
 
 @contextlib.contextmanager
@@ -97,11 +187,8 @@ def _explained(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(directory).free
-        if free < 1 << 20:
-            raise ArtifactError(
-                f"{directory}: the disk is full ({free:,} bytes free); earlier checkpoints are untouched. Make space and run the step again"
-            ) from error
+        if shutil.disk_usage(directory).free < 1 << 20:
+            raise _disk_full(directory) from error
         raise
 
 

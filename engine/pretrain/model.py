@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import nn
 
-from mates.engine.pretrain.shapes import ModelShape
+from mates.engine.config import RecipeError
+from mates.engine.pretrain.shapes import NEOX_ROPE, ModelShape
 from mates.engine.random import key_of
+from mates.preprocess.artifact import ArtifactError, digest_of, fingerprint_of
+
+RESIDUAL = ("dense.weight", "dense_4h_to_h.weight", "o_proj.weight", "down_proj.weight")
+"""Endings of the names of matrices whose products are added to the residual stream."""
+ENDS = 1 << 20
 
 
 def padded_vocabulary(vocab_size: int, multiple: int) -> int:
@@ -34,19 +43,44 @@ def model_config(shape: ModelShape, vocab_size: int, end_of_document: int) -> An
         "eos_token_id": end_of_document,
         "use_cache": False,
     }
+    settings = copy.deepcopy(shape.settings)  # transformers writes into what it is given
     if shape.family == "gpt_neox":
-        return GPTNeoXConfig(**common, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25})
-    return LlamaConfig(**common, num_key_value_heads=shape.kv_heads)
+        if not {"rope_parameters", "rotary_pct", "rotary_emb_base", "rope_scaling"} & set(settings):
+            settings["rope_parameters"] = dict(NEOX_ROPE)
+        return GPTNeoXConfig(**settings, **common)
+    return LlamaConfig(**settings, **common, num_key_value_heads=shape.kv_heads)
 
 
 def build_model(config: Any, seed: int) -> nn.Module:
-    """A freshly initialised fp32 model; equal configurations and seeds give equal weights. The global generator is left as it was."""
-    from transformers import AutoModelForCausalLM
+    """A freshly initialised fp32 model on the CPU; equal configurations and seeds give equal weights.
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(b"".join(part.to_bytes(4, "little") for part in key_of(seed, "weights")), "little") >> 1)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    Weights are those of Pythia (GPT-NeoX's ``small_init`` and ``wang_init``): normal with variance 2 / (5 d) (Nguyen & Salazar, arXiv
+    1910.05895), and with standard deviation 2 / (layers · sqrt(d)) where a block writes into the residual stream; biases are 0, norms 1.
+    """
+    model = build_uninitialised(config)
+    small, written = math.sqrt(2 / (5 * config.hidden_size)), 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            source = torch.Generator().manual_seed(_number(seed, f"weights {name}"))
+            parameter.normal_(0.0, written if name.endswith(RESIDUAL) else small, generator=source)
     return model
+
+
+def build_uninitialised(config: Any) -> nn.Module:
+    """An fp32 model on the CPU whose weights are whatever was in memory, for what overwrites all of them."""
+    model = build_empty(config, torch.float32, torch.device("cpu"))
+    memory = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="cpu")) for parameter in model.parameters()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, memory[id(parameter)])  # tied embeddings stay one
+    return model
+
+
+def _number(seed: int, purpose: str) -> int:
+    return int.from_bytes(b"".join(part.to_bytes(4, "little") for part in key_of(seed, purpose)), "little") >> 1
 
 
 def build_empty(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -57,11 +91,80 @@ def build_empty(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Mod
         model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 1, 8
-    buffers = dict(AutoModelForCausalLM.from_config(small, attn_implementation="sdpa", dtype=dtype).named_buffers())
+    with torch.random.fork_rng(devices=[]):  # the random weights of this one are of no use, and no draw of the global generator
+        buffers = dict(AutoModelForCausalLM.from_config(small, attn_implementation="sdpa", dtype=dtype).named_buffers())
     for name, _ in list(model.named_buffers()):
         owner, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(owner), own_name, buffers[name].to(device))
     return model
+
+
+def build_from_weights(config: Any, directory: Path) -> nn.Module:
+    """The fp32 model of a configuration on the CPU, with the weights of a Hugging Face folder. Nothing is unpickled.
+
+    Raises:
+        ArtifactError: no safetensors, or tensors that are not those of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not any(directory.glob("*.safetensors")):
+        raise ArtifactError(f"{directory}: no *.safetensors here; load the model with transformers and save it with save_pretrained")
+    model, found = AutoModelForCausalLM.from_pretrained(
+        directory,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below
+    )
+    for name, held, expected in sorted(found["mismatched_keys"]):
+        raise ArtifactError(
+            f"{directory}: {name} is {tuple(held)}, expected {tuple(expected)}; rows of embeddings are the tokenizer's vocabulary rounded "
+            "up to model.vocab_multiple: use the tokenizer that the weights were trained with, and a multiple that gives their rows"
+        )
+    for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "holds, beyond the model's tensors,")):
+        if found[kind]:
+            raise ArtifactError(f"{directory}: {words} {', '.join(sorted(found[kind])[:3])} ({len(found[kind])} in all)")
+    result: nn.Module = model
+    return result
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """What names the weights of a Hugging Face folder: its configuration, and size and both ends of each safetensors file."""
+    found: list[Any] = [digest_of(directory / "config.json")]
+    for file in sorted(directory.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            head = handle.read(ENDS)
+            handle.seek(max(0, size - ENDS))
+            found.append([file.name, size, blake3(head + handle.read()).hexdigest()])
+    return fingerprint_of(found)
+
+
+def reset_at_documents(model: nn.Module, end_of_document: int) -> None:
+    """Let no token see the documents before its own: positions count from 0 in each document of a window, and attention ends at its start.
+
+    An end-of-document token belongs to the document before it. Only calls without ``position_ids`` are changed.
+    """
+
+    def add_positions(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if named.get("position_ids") is None:
+            named["position_ids"] = document_positions(named["input_ids"], end_of_document)
+        return arguments, named
+
+    model.register_forward_pre_hook(add_positions, with_kwargs=True)
+
+
+def document_positions(tokens: torch.Tensor, end_of_document: int) -> torch.Tensor:
+    """Position of each token in its document: tokens [B, T] int64 → [B, T] int64.
+
+    Transformers reads positions that do not go up by one as the seams of packed sequences, and masks attention there.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    is_first = torch.nn.functional.pad(tokens[:, :-1] == end_of_document, (1, 0))
+    return places - torch.cummax(torch.where(is_first, places, 0), 1).values
 
 
 def load_exported(directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -76,6 +179,53 @@ def next_token_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of predicting each next token: windows [B, L + 1] int64 → scalar, fp32 (fp64 for an fp64 model)."""
     logits = at_least_fp32(model(input_ids=windows[:, :-1]).logits)
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def has_fused_loss() -> bool:
+    """Whether the package is installed that computes output embedding and cross-entropy in pieces."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+class FusedHead(nn.Linear):
+    """An output embedding that can give the loss instead of logits, piece by piece, so that the logits are never held as a whole.
+
+    By Liger Kernel (Hsu et al., arXiv 2410.10989), with losses and the sum of the weight's gradient in fp32.
+    """
+
+    targets: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> FusedHead:
+        """The output embedding of a model, which becomes one of these in place.
+
+        Raises:
+            RecipeError: the package is not there.
+        """
+        if not has_fused_loss():
+            raise RecipeError("pretrain.fused_loss: the package liger-kernel is not installed; run `pip install liger-kernel`")
+        head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+        head.__class__ = cls
+        assert isinstance(head, cls)
+        return head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, D] → logits [B, T, V], or the mean loss in nats where there are ``targets`` [B · T]."""
+        if self.targets is None:
+            return super().forward(hidden)
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        weight = self.weight.to(hidden.dtype)  # under autocast weights are fp32 and hidden states bf16
+        loss: torch.Tensor = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(weight, hidden.flatten(0, 1), self.targets)
+        return loss
+
+    def next_token_loss(self, model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+        """:func:`next_token_loss` of the model whose head this is."""
+        self.targets = windows[:, 1:].flatten()
+        try:
+            loss: torch.Tensor = model(input_ids=windows[:, :-1]).logits.float()
+            return loss
+        finally:
+            self.targets = None
 
 
 def at_least_fp32(values: torch.Tensor) -> torch.Tensor:

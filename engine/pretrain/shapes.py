@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from mates.engine.config import ModelConfig
@@ -23,6 +25,8 @@ class ModelShape:
     intermediate_size: int
     max_positions: int
     tie_embeddings: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the transformers configuration, such as those of the rotary embedding."""
 
     def matmul_parameters(self, vocab_size: int) -> int:
         """Weights that a token is multiplied with: blocks and output embedding, without biases, norms and look-ups."""
@@ -55,6 +59,23 @@ def _pythia(hidden: int, layers: int, heads: int) -> ModelShape:
     )
 
 
+def _rope(theta: float, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta, **more}
+
+
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, positions: int, **more: Any) -> ModelShape:
+    return ModelShape(
+        family="llama",
+        hidden_size=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        intermediate_size=inner,
+        max_positions=positions,
+        **more,
+    )
+
+
 PRESETS = {
     "pythia-14m": _pythia(128, 6, 4),
     "pythia-31m": _pythia(256, 6, 8),
@@ -66,31 +87,117 @@ PRESETS = {
     "pythia-2.8b": _pythia(2560, 32, 32),
     "pythia-6.9b": _pythia(4096, 32, 32),
     "pythia-12b": _pythia(5120, 36, 40),
+    "smollm-135m": _llama(576, 30, 9, 3, 1536, 2048, tie_embeddings=True),
+    "smollm-360m": _llama(960, 32, 15, 5, 2560, 2048, tie_embeddings=True),
+    "tinyllama-1.1b": _llama(2048, 22, 32, 4, 5632, 2048),
+    "smollm-1.7b": _llama(2048, 24, 32, 32, 8192, 2048, tie_embeddings=True),
+    "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 4096, settings={"rms_norm_eps": 1e-5}),
+    "llama-3-8b": _llama(4096, 32, 32, 8, 14336, 8192, settings={"rms_norm_eps": 1e-5, "rope_parameters": _rope(500_000.0)}),
 }
 
+NEOX_ROPE = _rope(10_000.0, partial_rotary_factor=0.25)
+
 _SMALL = ModelShape(family="gpt_neox", hidden_size=128, layers=4, heads=4, kv_heads=4, intermediate_size=512, max_positions=512)
+
+
+OF_THE_CORPUS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+OF_ITS_MAKER = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "initializer_range")
+NOT_TRAINED_WITH = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+}
+"""Keys of a configuration that must have these values, where they are there."""
+
+
+def config_file(model: ModelConfig) -> Path | None:
+    """The transformers configuration that a recipe names: a file, or ``config.json`` of the folder of its weights."""
+    if model.weights is not None:
+        return Path(model.weights) / "config.json"
+    if model.config is None:
+        return None
+    path = Path(model.config)
+    return path / "config.json" if path.is_dir() else path
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The shape that a transformers configuration of GPT-NeoX or Llama describes; its vocabulary is left out.
+
+    Raises:
+        RecipeError: no such file, another architecture, or what training does not do (dropout, extra biases).
+    """
+    from mates.engine.config import RecipeError, require
+
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read as a transformers configuration: {error}") from error
+    require(isinstance(raw, dict), str(path), raw, "a JSON object")
+    family = raw.get("model_type")
+    require(family in get_args(Family), f"{path}: model_type", family, "gpt_neox or llama")
+    needed = {
+        "hidden_size": int,
+        "num_hidden_layers": int,
+        "num_attention_heads": int,
+        "intermediate_size": int,
+        "max_position_embeddings": int,
+    }
+    for name, kind in needed.items():
+        require(type(raw.get(name)) is kind and raw[name] > 0, f"{path}: {name}", raw.get(name), "a whole number above 0")
+    expected = NOT_TRAINED_WITH | {"attention_bias": family == "gpt_neox"}
+    head_dim = raw["hidden_size"] // raw["num_attention_heads"]
+    for name, value in [*expected.items(), ("head_dim", head_dim)]:
+        found = raw.get(name)
+        require(found is None or found == value, f"{path}: {name}", found, f"{value!r}")
+    known = {
+        *needed,
+        *OF_THE_CORPUS,
+        *OF_ITS_MAKER,
+        *expected,
+        "head_dim",
+        "num_key_value_heads",
+        "tie_word_embeddings",
+        "classifier_dropout",
+    }
+    return ModelShape(
+        family=family,
+        hidden_size=raw["hidden_size"],
+        layers=raw["num_hidden_layers"],
+        heads=raw["num_attention_heads"],
+        kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        intermediate_size=raw["intermediate_size"],
+        max_positions=raw["max_position_embeddings"],
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        settings={name: value for name, value in sorted(raw.items()) if name not in known},
+    )
 
 
 def resolve_shape(config: ModelConfig) -> ModelShape:
     """The shape that a recipe's ``model`` section asks for.
 
     Raises:
-        RecipeError: unknown preset, heads that do not divide the width, or a field that the family does not have.
+        RecipeError: unknown preset, a bad configuration file, heads that do not divide the width, or a field that the family does not have.
     """
     from mates.engine.config import require
 
+    named = {name: getattr(config, name) for name in ("preset", "config", "weights") if getattr(config, name) is not None}
+    require(len(named) <= 1, "model", named, "only one of preset, config and weights")
     if config.preset is not None:
         require(config.preset in PRESETS, "model.preset", config.preset, "one of " + ", ".join(PRESETS))
-    base = PRESETS[config.preset] if config.preset else _SMALL
+    file = config_file(config)
+    base = read_shape(file) if file else PRESETS[config.preset] if config.preset else _SMALL
     asked = {
         name: getattr(config, name)
         for name in ("family", "hidden_size", "layers", "heads", "intermediate_size", "max_positions", "tie_embeddings")
         if getattr(config, name) is not None
     }
+    require(config.weights is None or not asked, "model", asked, "nothing beside model.weights, whose config.json says the shape")
     if "hidden_size" in asked and "intermediate_size" not in asked:
         asked["intermediate_size"] = 4 * asked["hidden_size"]
+    kept = base.kv_heads if "heads" not in asked and asked.get("family", base.family) == base.family else None
     shape = replace(base, **asked)
-    shape = replace(shape, kv_heads=config.kv_heads or shape.heads)
+    shape = replace(shape, kv_heads=config.kv_heads or kept or shape.heads)
     require(
         shape.hidden_size % shape.heads == 0,
         "model.heads",

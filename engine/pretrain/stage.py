@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -21,7 +22,8 @@ from mates.engine.distributed import World
 from mates.engine.flops import decoder_training
 from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
-from mates.engine.pretrain.model import padded_vocabulary
+from mates.engine.pretrain.meter import Meter
+from mates.engine.pretrain.model import padded_vocabulary, weights_fingerprint
 from mates.engine.pretrain.schedule import learning_rate
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.pretrain.trainer import StepResult, Trainer
@@ -35,9 +37,14 @@ NOT_IDENTITY = (
     "micro_batch_size",
     "zero_stage",
     "activation_checkpointing",
+    "offload_optimizer",
+    "compile",
+    "fused_loss",
     "on_bad_step",
     "spike_sd",
     "checkpoint_every",
+    "keep_checkpoints",
+    "async_checkpoints",
     "log_every",
     "stages",
 )
@@ -78,14 +85,16 @@ def pretrain_request(recipe: Recipe, method: str, stage: int) -> Request:
     }
     if stage > 0:
         inputs["parent"] = artifact.load(layout.checkpoint(method, stage - 1), "checkpoint").fingerprint
+    elif recipe.model.weights is not None:
+        inputs["weights"] = weights_fingerprint(Path(recipe.model.weights))
     settings = training_settings(recipe) | {"stage": stage}
     return Request(directory=layout.checkpoint(method, stage), kind="checkpoint", settings=settings, inputs=inputs)
 
 
-def new_trainer(recipe: Recipe, world: World, corpus: Corpus) -> Trainer:
-    """A trainer for a corpus' vocabulary."""
+def new_trainer(recipe: Recipe, world: World, corpus: Corpus, weights: Path | None = None) -> Trainer:
+    """A trainer for a corpus' vocabulary, from random weights or those of a Hugging Face folder."""
     vocabulary = corpus.info("tokenizer")
-    return Trainer(recipe, world, vocab_size=vocabulary["vocab_size"], end_of_document=vocabulary["end_of_document"])
+    return Trainer(recipe, world, vocab_size=vocabulary["vocab_size"], end_of_document=vocabulary["end_of_document"], weights=weights)
 
 
 def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signals: StopSignals | None = None) -> Manifest:
@@ -110,11 +119,11 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     wanted = recipe.pretrain.steps_per_stage * recipe.pretrain.batch_size
     if len(index.ids) != wanted:
         raise ArtifactError(f"{layout.index(method, stage)}: {len(index.ids)} samples, the stage trains on {wanted}")
-    trainer = new_trainer(recipe, world, corpus)
+    trainer = new_trainer(recipe, world, corpus, Path(recipe.model.weights) if stage == 0 and recipe.model.weights else None)
     run = _StageRun(recipe, trainer, corpus, index.ids, request, method, stage, started, signals)
     run.restore()
     run.train()
-    manifest = run.save(request)
+    manifest = run.save()
     world.same(lambda: shutil.rmtree(layout.partial_checkpoints(method, stage), ignore_errors=True))
     return manifest
 
@@ -147,7 +156,16 @@ class _StageRun:
         self.saved_steps = 0
         self.seconds_before = 0.0
         self.start = started
-        self.trained_from = started
+        self.saving: checkpoint.Saving | None = None
+        self.meter = Meter(recipe, trainer.world, flops_per_step=training_flops(recipe, self._vocabulary, recipe.pretrain.batch_size))
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.corpus.info("tokenizer")["vocab_size"])
+
+    @property
+    def _label(self) -> str:
+        return f"pretrain {self.method} stage {self.stage}"
 
     @property
     def first_step(self) -> int:
@@ -165,10 +183,9 @@ class _StageRun:
             self.spikes = SpikeWatch(self.recipe.pretrain.spike_sd, manifest.info["recent_nats"])
             self.seconds_before = float(manifest.info["seconds"])
             if world.first:
-                say(f"pretrain {self.method} stage {self.stage}: continuing from step {len(self.losses)}")
+                say(f"{self._label}: continuing from step {len(self.losses)}")
         elif self.stage > 0:
             checkpoint.load(self.layout.checkpoint(self.method, self.stage - 1), self.trainer, "checkpoint")
-        self.trained_from = time.perf_counter()
 
     def _newest_partial(self) -> Path | None:
         folder = self.layout.partial_checkpoints(self.method, self.stage)
@@ -185,32 +202,49 @@ class _StageRun:
         return replace(self.request, directory=directory, kind="partial checkpoint")
 
     def train(self) -> None:
+        """Take the steps that are left, saving and logging on the way."""
         config, world = self.recipe.pretrain, self.trainer.world
         done = len(self.losses)
-        label = f"pretrain {self.method} stage {self.stage}"
-        progress = Progress(label, config.steps_per_stage, "step", done=done, enabled=world.first)
+        progress = Progress(self._label, config.steps_per_stage, "step", done=done, enabled=world.first)
         batches = Batches(self.corpus, self.ids, config.batch_size, rank=world.rank, ranks=world.size, first=done)
-        with progress, batches:
-            for step, windows in enumerate(batches, done + 1):
-                lr = learning_rate(config, self.first_step + step)
-                is_to_stop = self.signals is not None and self.signals.received
-                result = self.trainer.step(windows, lr, limit=self.spikes.limit(), is_to_stop=is_to_stop)
-                if result.refused is None:
-                    self.spikes.recent.append(result.worst_nats)
-                else:
-                    self._pass_over(step, result.refused)
-                self.losses.append(result.loss_nats)
-                progress.add(1, f"loss {result.loss_nats:.4f}")
-                if step % config.log_every == 0 or step == config.steps_per_stage:
-                    self._log(step, lr, result, done)
-                if result.is_to_stop or (step % config.checkpoint_every == 0 and step < config.steps_per_stage):
-                    self._save_partial()
-                if result.is_to_stop:
-                    raise StopRequestedError(f"{label}: stopped after step {step}, as asked; the same command continues")
+        try:
+            with progress, batches:
+                self.meter.start(done)
+                for step, windows in enumerate(batches, done + 1):
+                    self._step(step, windows, progress)
+            self._finish_partial()
+        finally:
+            if self.saving:
+                self.saving.abandon()
+
+    def _step(self, step: int, windows: npt.NDArray[np.integer[Any]], progress: Progress) -> None:
+        config = self.recipe.pretrain
+        lr = learning_rate(config, self.first_step + step)
+        result = self.trainer.step(
+            windows,
+            lr,
+            limit=self.spikes.limit(),
+            is_to_stop=self.signals is not None and self.signals.received,
+            is_written=self.saving is not None and self.saving.is_written,
+        )
+        if result.is_written:
+            self._finish_partial()
+        if result.refused is None:
+            self.spikes.recent.append(result.worst_nats)
+        else:
+            self._pass_over(step, result.refused)
+        self.losses.append(result.loss_nats)
+        progress.add(1, f"loss {result.loss_nats:.4f}")
+        if step % config.log_every == 0 or step == config.steps_per_stage:
+            self._log(step, lr, result)
+        if result.is_to_stop or (step % config.checkpoint_every == 0 and step < config.steps_per_stage):
+            self._save_partial(in_background=config.async_checkpoints and not result.is_to_stop)
+        if result.is_to_stop:
+            raise StopRequestedError(f"{self._label}: stopped after step {step}, as asked; the same command continues")
 
     def _pass_over(self, step: int, why: str) -> None:
         """A step of the stage was not taken: go on without it or stop before it, as the recipe says."""
-        label = f"pretrain {self.method} stage {self.stage}: step {step}"
+        label = f"{self._label}: step {step}"
         if self.recipe.pretrain.on_bad_step == "stop":
             self._save_partial()
             raise BadStepError(
@@ -221,44 +255,72 @@ class _StageRun:
         if self.trainer.world.first:
             say(f"WARNING: {label} is passed over: {why}")
 
-    def _log(self, step: int, lr: float, result: StepResult, done: int) -> None:
-        if not self.trainer.world.first:
-            return
-        elapsed = time.perf_counter() - self.trained_from
-        line = {
-            "time": time.time(),
-            "method": self.method,
-            "stage": self.stage,
-            "step": self.first_step + step,
+    def _log(self, step: int, lr: float, result: StepResult) -> None:
+        """Write the metrics since the last line."""
+        figures = {
             "loss_nats": finite(result.loss_nats),
             "grad_norm": finite(result.grad_norm),
             "lr": lr,
-            "tokens_per_second": (step - done) * self.recipe.pretrain.tokens_per_step / elapsed,
+            **self.meter.read(step),
         }
-        with self.layout.metrics.open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
+        if not self.trainer.world.first:
+            return
+        at = self.first_step + step
+        line = {"time": time.time(), "method": self.method, "stage": self.stage, "step": at, **figures}
+        self._append(json.dumps(line) + "\n")
+        self.trainer.track({f"{self.method}/{name}": value for name, value in figures.items() if isinstance(value, float)}, at)
 
-    def _save_partial(self) -> None:
+    def _append(self, line: str) -> None:
+        """Add a line to the metrics; training outlives a disk without room for it."""
+        path = self.layout.metrics
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as handle:
+                handle.write(line)
+        except OSError as error:
+            os.truncate(path, size)  # no half line
+            if not artifact.is_disk_full(error):
+                raise
+            say(f"WARNING: {path}: the disk is full; metrics are left out until there is space")
+
+    def _save_partial(self, *, in_background: bool = False) -> None:
         """Save after the steps that are done, where that is not saved yet."""
         steps = len(self.losses)
-        if steps == self.saved_steps:
+        if steps != self.saved_steps:
+            self._finish_partial()
+            self.saving = self._begin(self._partial(self.layout.partial_checkpoints(self.method, self.stage) / f"step-{steps:08d}"))
+            self.saved_steps = steps
+        if not in_background:
+            self._finish_partial()
+
+    def _finish_partial(self) -> None:
+        """Wait for the checkpoint that is being written, commit it and drop those that are too many."""
+        if self.saving is None:
             return
-        folder = self.layout.partial_checkpoints(self.method, self.stage)
-        self.save(self._partial(folder / f"step-{steps:08d}"))
-        self.saved_steps = steps
+        saving, self.saving = self.saving, None
+        saving.finish()
+        folder, kept = saving.request.directory.parent, self.recipe.pretrain.keep_checkpoints
 
         def drop_older() -> None:
-            for older in sorted(folder.glob("step-*"))[:-2]:
+            for older in sorted(folder.glob("step-*"))[:-kept]:
                 artifact.unmake(older)
                 shutil.rmtree(older, ignore_errors=True)
 
         self.trainer.world.same(drop_older)
 
-    def save(self, request: Request) -> Manifest:
+    def save(self) -> Manifest:
+        """The checkpoint of the stage's end."""
+        return checkpoint.save_stage(
+            self._begin(self.request),
+            next_lr=learning_rate(self.recipe.pretrain, self.first_step + len(self.losses) + 1),
+            tokenizer_files=tokenizer_files(self.layout.tokenizer),
+        )
+
+    def _begin(self, request: Request) -> checkpoint.Saving:
         seconds = self.seconds_before + time.perf_counter() - self.start
         steps = len(self.losses)
         samples = steps * self.recipe.pretrain.batch_size
-        return checkpoint.save(
+        return checkpoint.Saving(
             request,
             self.trainer,
             progress=checkpoint.Progress(
@@ -270,11 +332,9 @@ class _StageRun:
                 recent_nats=tuple(self.spikes.recent) if request.kind == "partial checkpoint" else (),
             ),
             losses=np.asarray(self.losses, np.float64),
-            next_lr=learning_rate(self.recipe.pretrain, self.first_step + steps + 1),
             cost=Cost(
-                flops=training_flops(self.recipe, self.corpus.info("tokenizer")["vocab_size"], samples),
+                flops=training_flops(self.recipe, self._vocabulary, samples),
                 seconds=seconds,
                 tokens=samples * self.recipe.pretrain.sequence_length,
             ),
-            tokenizer_files=tokenizer_files(self.layout.tokenizer),
         )

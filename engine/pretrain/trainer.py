@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,19 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mates.engine.config import PretrainConfig, Recipe
+from mates.engine.config import PretrainConfig, Recipe, RecipeError
 from mates.engine.distributed import World
-from mates.engine.pretrain.model import build_model, model_config, next_token_loss, padded_vocabulary
+from mates.engine.pretrain.model import (
+    FusedHead,
+    build_from_weights,
+    build_model,
+    build_uninitialised,
+    has_fused_loss,
+    model_config,
+    next_token_loss,
+    padded_vocabulary,
+    reset_at_documents,
+)
 from mates.engine.pretrain.shapes import resolve_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,7 +38,7 @@ class StepResult:
     """Mean loss of the global batch in nats a token, the worst rank's, and the global gradient norm before clipping.
 
     ``refused`` says why the optimizer step was not taken, where it was not: weights and moments are then those before. ``is_to_stop``:
-    some rank is asked to stop.
+    some rank is asked to stop. ``is_written``: all ranks have written their part of the checkpoint.
     """
 
     loss_nats: float
@@ -34,6 +46,7 @@ class StepResult:
     grad_norm: float
     refused: str | None
     is_to_stop: bool
+    is_written: bool
 
 
 def weight_decay_of(parameter: torch.Tensor, config: PretrainConfig) -> float:
@@ -46,14 +59,22 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     config = recipe.pretrain
     per_rank = config.batch_size // world_size
     micro = min(config.micro_batch_size, per_rank)
+    zero: dict[str, Any] = {"stage": config.zero_stage}
     result: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": per_rank // micro,
         "gradient_clipping": config.clip_norm,
         "steps_per_print": 2**31,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
     }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        result["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused AdamW runs on the host too, and needs no compiler
+    if "tensorboard" in recipe.launch.trackers:
+        result["tensorboard"] = {"enabled": True, "output_path": str(recipe.path()), "job_name": "tensorboard"}
+    if "wandb" in recipe.launch.trackers:
+        result["wandb"] = {"enabled": True, "project": "mates", "group": recipe.path().name}
     if config.precision == "bf16" and config.zero_stage == 0:
         # without ZeRO DeepSpeed accumulates bf16 gradients; autocast keeps fp32 weights and gradients instead
         result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -70,15 +91,27 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _require_trackers(recipe: Recipe) -> None:
+    missing = [name for name in recipe.launch.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"launch.trackers: the package {missing[0]} is not installed; run `pip install {missing[0]}` or leave it out")
+
+
 class Trainer:
     """A DeepSpeed engine around the recipe's model with AdamW (Loshchilov & Hutter, arXiv 1711.05101).
 
     All ranks call every method together.
     """
 
-    def __init__(self, recipe: Recipe, world: World, *, vocab_size: int, end_of_document: int) -> None:
+    def __init__(self, recipe: Recipe, world: World, *, vocab_size: int, end_of_document: int, weights: Path | None = None) -> None:
+        """Start from random weights, or from those of a Hugging Face folder.
+
+        Raises:
+            ArtifactError: the folder's weights are not those of the recipe's model.
+        """
         import deepspeed
 
+        _require_trackers(recipe)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         config = recipe.pretrain
         if config.batch_size % world.size:
@@ -90,9 +123,13 @@ class Trainer:
         self.model_config = model_config(
             resolve_shape(recipe.model), padded_vocabulary(vocab_size, recipe.model.vocab_multiple), end_of_document
         )
-        model = build_model(self.model_config, recipe.seed)
+        model = self._initial(recipe.seed, weights)
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
+        if config.reset_at_documents:
+            reset_at_documents(model, end_of_document)
+        can_fuse = world.device.type == "cuda" and has_fused_loss()
+        self._head = FusedHead.of(model) if config.fused_loss == "always" or (config.fused_loss == "auto" and can_fuse) else None
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups: dict[float, list[nn.Parameter]] = {}
         shapes: dict[float, dict[str, torch.Size]] = {}
@@ -107,16 +144,44 @@ class Trainer:
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
+            fused=config.offload_optimizer or world.device.type == "cpu",
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(recipe, world.size))
         # the cast to bf16 took the rotary frequencies along; their angles need fp32
         for name, buffer in self.engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
+        if config.compile:
+            self.engine.compile()
         self.micro_batch = int(self.engine.train_micro_batch_size_per_gpu())
         self.updates = 0
         """Optimizer steps taken so far, by all attempts."""
 
-    def step(self, windows: npt.NDArray[np.integer[Any]], lr: float, *, limit: float = math.inf, is_to_stop: bool = False) -> StepResult:
+    def _initial(self, seed: int, weights: Path | None) -> nn.Module:
+        """The model with its initial weights on rank 0, from where DeepSpeed hands them to the others, which need no memory for them."""
+        if not self.world.first:
+            self.world.same(lambda: None)
+            return build_uninitialised(self.model_config)
+        made: list[nn.Module] = []
+
+        def make() -> None:
+            made.append(build_from_weights(self.model_config, weights) if weights else build_model(self.model_config, seed))
+
+        self.world.same(make)
+        return made[0]
+
+    def _loss(self, batch: torch.Tensor) -> torch.Tensor:
+        """Mean next-token loss of a micro-batch in nats."""
+        return self._head.next_token_loss(self.engine, batch) if self._head else next_token_loss(self.engine, batch)
+
+    def step(
+        self,
+        windows: npt.NDArray[np.integer[Any]],
+        lr: float,
+        *,
+        limit: float = math.inf,
+        is_to_stop: bool = False,
+        is_written: bool = False,
+    ) -> StepResult:
         """One optimizer step; none where the loss of a rank is not finite or above ``limit``, or the gradient is not finite.
 
         Args:
@@ -124,7 +189,7 @@ class Trainer:
                 the device.
             lr: learning rate of this step.
             limit: the largest loss in nats that is believed, the same on all ranks.
-            is_to_stop: whether this rank is asked to stop.
+            is_to_stop: whether this rank is asked to stop. is_written: whether its part of a checkpoint is written.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -132,11 +197,12 @@ class Trainer:
         micro_batches = list(self._micro_batches(windows))
         self.engine.module.train()
         for batch in micro_batches[:-1]:
-            losses.append(self._backward(next_token_loss(self.engine, batch)))
+            losses.append(self._backward(self._loss(batch)))
             self.engine.step()
-        last = next_token_loss(self.engine, micro_batches[-1])
-        own = torch.stack([torch.stack([*losses, last.detach()]).double().mean(), last.new_tensor(float(is_to_stop)).double()])
-        losses_W, stops_W = self.world.every(own).cpu().unbind(1)
+        last = self._loss(micro_batches[-1])
+        mean = torch.stack([*losses, last.detach()]).double().mean()
+        own = torch.cat([mean[None], mean.new_tensor([is_to_stop, is_written])])
+        losses_W, stops_W, written_W = self.world.every(own).cpu().unbind(1)
         refused = self._refusal(losses_W, limit)
         # DeepSpeed passes over steps whose gradients are not finite, and then clears all of its buffers
         self._backward(last * math.nan if refused else last)
@@ -144,7 +210,7 @@ class Trainer:
         if not refused and not math.isfinite(norm):
             refused = f"the gradient norm is {norm}"
         self.updates += refused is None
-        return StepResult(float(losses_W.mean()), float(losses_W.max()), norm, refused, bool(stops_W.any()))
+        return StepResult(float(losses_W.mean()), float(losses_W.max()), norm, refused, bool(stops_W.any()), bool(written_W.all()))
 
     @staticmethod
     def _refusal(losses_W: torch.Tensor, limit: float) -> str | None:
@@ -176,6 +242,11 @@ class Trainer:
     def _micro_batches(self, windows: npt.NDArray[np.integer[Any]]) -> Iterator[torch.Tensor]:
         for start in range(0, len(windows), self.micro_batch):
             yield torch.from_numpy(windows[start : start + self.micro_batch]).to(self.world.device).long()
+
+    def track(self, figures: Mapping[str, float], step: int) -> None:
+        """Hand figures to the recipe's trackers."""
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(name, value, step) for name, value in figures.items()])
 
     def share(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """This rank's part of a global batch of sample ids: the ranks' parts, in order, are the batch."""

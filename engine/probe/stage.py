@@ -22,7 +22,7 @@ from mates.engine.distributed import World
 from mates.engine.flops import decoder_forward, decoder_training
 from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
-from mates.engine.pretrain.model import build_empty, build_model, model_config, padded_vocabulary
+from mates.engine.pretrain.model import build_empty, build_uninitialised, model_config, padded_vocabulary, reset_at_documents
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.probe.fidelity import Fidelity, Interval, cheapest, fidelity_of, interval, reliability, shown
 from mates.engine.probe.methods import make_setting
@@ -193,7 +193,9 @@ def open_prober(recipe: Recipe, parent: Path, pool: Corpus, references: Sequence
         shards = Shards(model, rows, world.team(probe.shard_over))
     else:
         state, _ = checkpoint.read_state(parent, dtype=dtype, device=device)
-        model = build_model(config, recipe.seed).to(device=device, dtype=dtype)
+        model = build_uninitialised(config).to(device=device, dtype=dtype)
+    if recipe.pretrain.reset_at_documents:
+        reset_at_documents(model, vocabulary["end_of_document"])
     batches = [label_batches(one, batch_tokens=probe.reference_batch_tokens, device=device) for one in references]
     subset = [
         label_batches(one, batch_tokens=probe.reference_batch_tokens, device=device, items=_subset(recipe, one.items, stage))

@@ -146,7 +146,7 @@ def test_parameters_of_presets(preset: str) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "vocab_size", "published"),
-    [  # total parameters as the Pythia repository's table has them
+    [  # total parameters as the Pythia repository's table and the model cards have them
         ("pythia-14m", 50_304, 14_067_712),
         ("pythia-31m", 50_304, 30_494_720),
         ("pythia-70m", 50_304, 70_426_624),
@@ -157,8 +157,14 @@ def test_parameters_of_presets(preset: str) -> None:
         ("pythia-2.8b", 50_304, 2_775_208_960),
         ("pythia-6.9b", 50_432, 6_857_302_016),
         ("pythia-12b", 50_688, 11_846_072_320),
+        ("smollm-135m", 49_152, 134_515_008),
+        ("smollm-360m", 49_152, 361_821_120),
+        ("smollm-1.7b", 49_152, 1_711_376_384),
+        ("tinyllama-1.1b", 32_000, 1_100_048_384),
+        ("llama-2-7b", 32_000, 6_738_415_616),
+        ("llama-3-8b", 128_256, 8_030_261_248),
     ],
 )
 def test_presets_have_the_published_sizes(preset: str, vocab_size: int, published: int) -> None:
     assert PRESETS[preset].parameters(vocab_size) == published
-    assert len(PRESETS) == 10
+    assert len(PRESETS) == 16

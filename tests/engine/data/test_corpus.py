@@ -71,7 +71,8 @@ def test_document_of_a_sample_by_brute_force(tmp_path_factory: pytest.TempPathFa
     if len(owner) < length + 1:
         return
     corpus = open_corpus(directory, length)
-    assert [corpus.document_of(sample) for sample in range(corpus.samples)] == [owner[sample * length] for sample in range(corpus.samples)]
+    expected = [(directory, owner[sample * length]) for sample in range(corpus.samples)]
+    assert [corpus.document_of(sample) for sample in range(corpus.samples)] == expected
 
 
 @pytest.mark.parametrize(("tokens", "length", "samples"), [(0, 4, 0), (1, 1, 0), (2, 1, 1), (4, 4, 0), (5, 4, 1), (8, 4, 1), (9, 4, 2)])

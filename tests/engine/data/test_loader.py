@@ -34,7 +34,7 @@ def ids(corpus: Corpus) -> np.ndarray:
 
 def expected(corpus: Corpus, ids: np.ndarray, first: int) -> list[list[list[int]]]:
     """By plain slices of the token stream."""
-    tokens = corpus.indexed.tokens.tolist()
+    tokens = corpus.parts[0][1].tokens.tolist()
     rows = [tokens[sample * LENGTH : sample * LENGTH + LENGTH + 1] for sample in ids.tolist()]
     return [rows[start : start + BATCH] for start in range(first * BATCH, SAMPLES, BATCH)]
 

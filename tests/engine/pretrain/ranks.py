@@ -1,9 +1,13 @@
-"""Runs on each of two ranks: every ZeRO stage against a plain loop, and stopping against not stopping. Prints JSON on rank 0."""
+"""Runs on each of two ranks: every ZeRO stage against a plain loop, and stopping against not stopping. Writes JSON on rank 0.
+
+ranks.py FOLDER [STEPS]        with a number of steps only these comparisons, without the other cases
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+os.environ["TRITON_INTERPRET"] = "1"  # the loss in pieces is made of kernels
+
 from mates.engine import distributed
 from mates.engine.config import LaunchConfig, ModelConfig, PretrainConfig, Recipe
 from mates.engine.evaluate.stage import reference_metrics
@@ -25,7 +31,8 @@ from mates.engine.pretrain.trainer import Trainer, weight_decay_of
 from mates.engine.reference.batches import LabelBatch
 from mates.preprocess.artifact import Cost, Request
 
-VOCAB, LENGTH, BATCH, STEPS = 256, 32, 8, 6
+VOCAB, LENGTH, BATCH = 256, 32, 8
+STEPS = int(sys.argv[2]) if len(sys.argv) > 2 else 6
 RECIPE = Recipe(
     model=ModelConfig(hidden_size=32, layers=2, heads=2, max_positions=64),
     pretrain=PretrainConfig(sequence_length=LENGTH, batch_size=BATCH, micro_batch_size=2, lr=1e-3, warmup_steps=1, steps_per_stage=STEPS),
@@ -34,8 +41,8 @@ RECIPE = Recipe(
 )
 
 
-def recipe(zero_stage: int, precision: str) -> Recipe:
-    return replace(RECIPE, pretrain=replace(RECIPE.pretrain, zero_stage=zero_stage, precision=precision))  # type: ignore[arg-type]
+def recipe(zero_stage: int, precision: str, **changes: Any) -> Recipe:
+    return replace(RECIPE, pretrain=replace(RECIPE.pretrain, zero_stage=zero_stage, precision=precision, **changes))  # type: ignore[arg-type]
 
 
 def batches() -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -47,8 +54,8 @@ def train(trainer: Trainer, first: int, last: int) -> list[float]:
     return [trainer.step(batches()[step][trainer.share(rows)], lr=1e-3 / (step + 1)).loss_nats for step in range(first, last)]
 
 
-def new(zero_stage: int, precision: str, world: distributed.World) -> Trainer:
-    return Trainer(recipe(zero_stage, precision), world, vocab_size=VOCAB, end_of_document=0)
+def new(zero_stage: int, precision: str, world: distributed.World, **changes: Any) -> Trainer:
+    return Trainer(recipe(zero_stage, precision, **changes), world, vocab_size=VOCAB, end_of_document=0)
 
 
 def digest(trainer: Trainer) -> str:
@@ -117,14 +124,8 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
     half = new(zero_stage, precision, world)
     before = train(half, 0, STEPS // 2)
     request = Request(directory=folder / f"{zero_stage}-{precision}", kind="checkpoint", settings={}, inputs={})
-    checkpoint.save(
-        request,
-        half,
-        progress=checkpoint.Progress(step=STEPS // 2, stage_step=STEPS // 2, seconds=0.0, updates=STEPS // 2),
-        losses=np.array(before),
-        next_lr=1e-4,
-        cost=Cost(),
-    )
+    progress = checkpoint.Progress(step=STEPS // 2, stage_step=STEPS // 2, seconds=0.0, updates=STEPS // 2)
+    checkpoint.save_stage(checkpoint.Saving(request, half, progress=progress, losses=np.array(before), cost=Cost()), next_lr=1e-4)
     saved = digest(half)
     state, _ = checkpoint.read_state(request.directory, dtype=torch.float32, device=torch.device("cpu"))
     read = hashlib.sha256()
@@ -154,6 +155,28 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
         gaps = torch.cat([(weights[name] - value).flatten() for name, value in expected[1].items()])
         result["weight_error"] = float(gaps.norm() / torch.cat([value.flatten() for value in expected[1].values()]).norm())
     return result
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], list[tuple[int, str]]]] = {
+    "fused_loss": ({"fused_loss": "always"}, [(0, "bf16"), (2, "fp32"), (3, "bf16")]),
+    "activation_checkpointing": ({"activation_checkpointing": True}, [(2, "fp32"), (3, "bf16")]),
+}
+OFFLOADED = [(1, "fp32"), (2, "bf16"), (3, "bf16")]
+
+
+def offloaded(zero_stage: int, precision: str, folder: Path, world: distributed.World) -> dict[str, Any]:
+    """The same training with the optimizer on the host, saved on the way while training goes on."""
+    whole = new(zero_stage, precision, world, offload_optimizer=True)
+    losses = train(whole, 0, STEPS // 2)
+    progress = checkpoint.Progress(step=STEPS // 2, stage_step=STEPS // 2, seconds=0.0, updates=STEPS // 2)
+    request = Request(directory=folder / f"offloaded-{zero_stage}", kind="partial checkpoint", settings={}, inputs={})
+    saving = checkpoint.Saving(request, whole, progress=progress, losses=np.array(losses), cost=Cost())
+    losses += train(whole, STEPS // 2, STEPS)
+    saving.finish()
+    resumed = new(zero_stage, precision, world, offload_optimizer=True)
+    checkpoint.load(request.directory, resumed, "partial checkpoint")
+    again = train(resumed, STEPS // 2, STEPS)
+    return {"losses": losses, "resumed": again, "same": digest(whole) == digest(resumed)}
 
 
 def reshaped(source: int, target: int, precision: str, folder: Path, world: distributed.World) -> dict[str, Any]:
@@ -214,15 +237,23 @@ def main() -> None:
     """Run all cases."""
     world = distributed.join(timeout_minutes=2, threads=1)
     cases = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
-    results = {f"{stage} {precision}": case(stage, precision, Path(sys.argv[1]), world) for stage, precision in cases}
-    for (source, precision), target in product(cases, range(4)):
-        if source != target:
-            found = reshaped(source, target, precision, Path(sys.argv[1]), world)
-            results[f"{source} {precision}"].setdefault("reshaped", {})[target] = found
-    for stage, precision in cases:
-        results[f"{stage} {precision}"]["refused"] = refused(stage, precision, world)
+    folder = Path(sys.argv[1])
+    results = {f"{stage} {precision}": case(stage, precision, folder, world) for stage, precision in cases}
+    if len(sys.argv) == 2:
+        for (source, precision), target in product(cases, range(4)):
+            if source != target:
+                found = reshaped(source, target, precision, folder, world)
+                results[f"{source} {precision}"].setdefault("reshaped", {})[target] = found
+        for stage, precision in cases:
+            results[f"{stage} {precision}"]["refused"] = refused(stage, precision, world)
+        for name, (changes, where) in VARIANTS.items():
+            for stage, precision in where:
+                losses = train(new(stage, precision, world, **changes), 0, 2)
+                results[f"{stage} {precision}"].setdefault("variants", {})[name] = losses
+        for stage, precision in OFFLOADED:
+            results[f"{stage} {precision}"]["offloaded"] = offloaded(stage, precision, folder, world)
     if world.first:
-        Path(sys.argv[1], "results.json").write_text(json.dumps(results))
+        (folder / "results.json").write_text(json.dumps(results))
     distributed.leave()
 
 

@@ -16,18 +16,42 @@ Results = dict[str, dict[str, Any]]
 CASES = [f"{stage} {precision}" for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("ranks")
-    run_plain([sys.executable, str(Path(__file__).parent / "ranks.py"), str(folder)], processes=2)
+def run_ranks(folder: Path, *more: str) -> Results:
+    run_plain([sys.executable, str(Path(__file__).parent / "ranks.py"), str(folder), *more], processes=2)
     loaded: Results = json.loads((folder / "results.json").read_text())
     return loaded
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def long_results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of 100 steps, stopped after 50."""
+    return run_ranks(tmp_path_factory.mktemp("ranks"), "100")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_resuming_is_bit_exact(results: Results, case: str) -> None:
     assert results[case]["resumed_losses"] == results[case]["losses"]
     assert results[case]["resumed_digest"] == results[case]["digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_is_bit_exact_over_a_hundred_steps(long_results: Results, case: str) -> None:
+    test_resuming_is_bit_exact(long_results, case)
+    assert len(long_results[case]["losses"]) == 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_equals_a_plain_loop_over_a_hundred_steps(long_results: Results, stage: int) -> None:
+    found = long_results[f"{stage} fp32"]
+    assert found["losses"] == pytest.approx(found["plain_losses"], rel=1e-4)
+    assert found["losses"] == pytest.approx(long_results["0 fp32"]["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,6 +94,24 @@ def test_bad_steps_leave_no_trace(results: Results, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_that_is_asked_to_stop_is_heard_by_all(results: Results, case: str) -> None:
     assert results[case]["refused"]["stops"] == [True, False]
+
+
+def test_other_ways_to_compute_are_the_same_training(results: Results) -> None:
+    tried = 0
+    for case, found in results.items():
+        for name, losses in found.get("variants", {}).items():
+            tried += 1
+            bound = 2e-3 if name == "fused_loss" and case.endswith("bf16") else 1e-6
+            assert losses == pytest.approx(found["losses"][:2], rel=bound), (case, name)
+    assert tried == 5
+
+
+@pytest.mark.parametrize("case", ["1 fp32", "2 bf16", "3 bf16"])
+def test_an_optimizer_on_the_host_is_the_same_and_can_be_saved_while_training(results: Results, case: str) -> None:
+    found = results[case]["offloaded"]
+    assert found["losses"] == pytest.approx(results[case]["losses"], rel=1e-6)
+    assert found["resumed"] == found["losses"][3:]
+    assert found["same"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

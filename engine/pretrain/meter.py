@@ -1,0 +1,75 @@
+"""How fast training goes and what it takes: tokens a second, model FLOPs utilisation, memory."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from mates.engine.config import Recipe
+from mates.engine.distributed import World
+
+GIB = 2**30
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 5) -> float:
+    """Rate of a product of two ``size`` × ``size`` matrices in TFLOP/s, the best of ``repeats``.
+
+    A device's own: of a GPU, or of the CPU threads of this process.
+    """
+    size = size or (8192 if device.type == "cuda" else 1024)
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):  # the first warms up
+        _wait(device)
+        start = time.perf_counter()
+        left @ right
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:]) / 1e12
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Meter:
+    """Speed between two readings.
+
+    MFU is the model's FLOPs (matrix products of forward and backward pass, attention in full, recomputation left out) over what all
+    devices could do at their peak: the recipe's figure, or the rate of a large matrix product that is measured at the start.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, *, flops_per_step: float) -> None:
+        self._world, self._tokens, self._flops = world, recipe.pretrain.tokens_per_step, flops_per_step
+        stated = recipe.launch.peak_tflops
+        dtype = torch.bfloat16 if recipe.pretrain.precision == "bf16" else torch.float32
+        self._peak = stated or matmul_tflops(world.device, dtype)
+        self._source = "launch.peak_tflops" if stated else f"{recipe.pretrain.precision} matrix product, measured"
+        self._steps, self._since = 0, 0.0
+
+    def start(self, step: int) -> None:
+        """Begin to count after ``step``."""
+        self._steps, self._since = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, Any]:
+        """Figures of the steps since the last reading, up to ``step``; of memory, the most that this rank's GPU held, or what its process
+        holds."""
+        now = time.perf_counter()
+        rate = (step - self._steps) / max(now - self._since, 1e-9)
+        self._steps, self._since = step, now
+        return {
+            "tokens_per_second": rate * self._tokens,
+            "mfu": rate * self._flops / (self._peak * 1e12 * self._world.size),
+            "peak_tflops": self._peak,
+            "peak_is": self._source,
+            "memory_gib": self._memory() / GIB,
+        }
+
+    def _memory(self) -> int:
+        if self._world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._world.device)
+        return int(psutil.Process().memory_info().rss)
