@@ -289,7 +289,7 @@ class PretrainConfig:
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in the memory of the host and take the optimizer step there (ZeRO 1 to 3): less memory, more time."""
     compile: bool = False
-    """Compile the model with torch.compile: minutes at the start of each attempt, faster steps on a GPU."""
+    """Compile the model with torch.compile (ZeRO 0 to 2): a minute or more at the start of each attempt, faster steps on a GPU."""
     fused_loss: Literal["auto", "always", "never"] = "auto"
     """Compute output embedding and cross-entropy in pieces, so that the logits of a micro-batch are never held as a whole, by the package
     liger-kernel (`pip install mates[gpu]`). ``auto``: on a GPU where it is installed."""
@@ -340,6 +340,7 @@ class PretrainConfig:
         require(self.weight_decay >= 0, "pretrain.weight_decay", self.weight_decay, "0 or more")
         require(self.clip_norm > 0, "pretrain.clip_norm", self.clip_norm, "above 0")
         require(self.zero_stage in (0, 1, 2, 3), "pretrain.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require(not self.compile or self.zero_stage < 3, "pretrain.zero_stage", self.zero_stage, "0, 1 or 2 where compile is set")
         offloads = self.offload_optimizer
         require(not offloads or self.zero_stage > 0, "pretrain.zero_stage", self.zero_stage, "1, 2 or 3 where offload_optimizer is set")
         require(self.spike_sd >= 0, "pretrain.spike_sd", self.spike_sd, "0 or more")

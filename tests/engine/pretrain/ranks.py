@@ -252,6 +252,9 @@ def main() -> None:
                 results[f"{stage} {precision}"].setdefault("variants", {})[name] = losses
         for stage, precision in OFFLOADED:
             results[f"{stage} {precision}"]["offloaded"] = offloaded(stage, precision, folder, world)
+    else:
+        for stage in (0, 2):
+            results[f"{stage} fp32"]["compiled"] = train(new(stage, "fp32", world, compile=True), 0, 4)
     if world.first:
         (folder / "results.json").write_text(json.dumps(results))
     distributed.leave()

@@ -54,6 +54,13 @@ def test_equals_a_plain_loop_over_a_hundred_steps(long_results: Results, stage: 
     assert found["losses"] == pytest.approx(long_results["0 fp32"]["losses"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_compiled_model_trains_the_same(long_results: Results, stage: int) -> None:
+    found = long_results[f"{stage} fp32"]
+    assert found["compiled"] == pytest.approx(found["losses"][:4], rel=1e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_state_folder_holds_weights_and_moments(results: Results, case: str) -> None:
     assert results[case]["state_is_saved"]
