@@ -209,6 +209,31 @@ def probe_throughput(preset: str, precision: str) -> dict[str, Any]:
         return dict(benchmark.measure(options, Path(folder)))
 
 
+def pretrain_throughput(preset: str, micro_batch: int) -> dict[str, Any]:
+    """Tokens a second, MFU and memory of our trainer and of others' loops, of a Pythia shape at 1,024 tokens."""
+    import pretrain_throughput as benchmark
+
+    size = f"--micro_batch {micro_batch} --batch {2 * micro_batch} --steps 12 --repeats 2"
+    contestants = "mates mates_compiled torch transformers litgpt"
+    options = vars(benchmark.parse(f"--device cuda --precision bf16 --preset {preset} {size} --contestants {contestants}".split()))
+    options.pop("results")
+    return dict(benchmark.measure(options))
+
+
+def golden() -> dict[str, Any]:
+    """Losses of 100 steps of two tiny models in bf16, twice the same; compared with those written down for this kind of GPU, if any."""
+    import subprocess
+
+    folder = REPOSITORY / "tests/engine/pretrain"
+    command = [sys.executable, "-P", str(folder / "golden.py")]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1] for _ in range(2)]
+    gate(runs[0] == runs[1], "golden: two runs differ")
+    found: dict[str, Any] = json.loads(runs[0])
+    written = folder / "golden" / f"{found['device']}.json"
+    gate(not written.exists() or json.loads(written.read_text()) == found, f"golden: losses differ from {written.name}")
+    return found
+
+
 def quickstart() -> dict[str, Any]:
     """The quickstart's whole loop on one GPU through NCCL; its evaluations, and the seconds of each step."""
     from dataclasses import replace
@@ -242,6 +267,11 @@ PARTS: dict[str, Part] = {
         f"throughput-{size}{suffix}": partial(probe_throughput, f"pythia-{size}", precision)
         for size in ("70m", "410m", "1b")
         for suffix, precision in (("", "fp32"), ("-bf16", "bf16"))
+    },
+    "golden": golden,
+    **{
+        f"pretrain-{size}": partial(pretrain_throughput, f"pythia-{size}", micro_batch)
+        for size, micro_batch in (("70m", 32), ("160m", 32), ("410m", 16), ("1b", 8))
     },
     "quickstart": quickstart,
 }
