@@ -307,9 +307,9 @@ class PretrainConfig:
     """Optimizer steps between checkpoints inside a stage, each of which can be resumed from; the stage's end is always saved."""
     keep_checkpoints: int = 2
     """Checkpoints inside a stage that are kept until it ends, the newest; more than one, so that a damaged one can be passed over."""
-    async_checkpoints: bool = True
+    async_checkpoints: bool = False
     """Write checkpoints inside a stage while training goes on: each rank holds a copy of its part in the host's memory until it is on
-    disk."""
+    disk. A rank that dies meanwhile costs up to two intervals instead of one."""
     log_every: int = 10
     """Optimizer steps between log lines."""
 

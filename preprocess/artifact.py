@@ -176,6 +176,38 @@ def write_json(path: Path, value: Json) -> None:
         handle.write(data.encode())
 
 
+def _end_of_lines(handle: io.FileIO) -> int:
+    """Where the last line of a file that is whole ends."""
+    end = handle.seek(0, os.SEEK_END)
+    while end:
+        start = handle.seek(max(0, end - (1 << 12)))
+        if (found := handle.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line, wholly or not at all: where the disk is full nothing of it stays, and a part of a line that a killed process left is
+    cut off first. DiskFullError says how much is missing."""
+    data = f"{line}\n".encode()
+    with path.open("ab+", buffering=0) as handle:
+        size = _end_of_lines(handle)
+        handle.truncate(size)
+        done = 0
+        try:
+            while done < len(data):  # a write that meets the end of the disk writes what fits, and only the next one fails
+                done += handle.write(data[done:])
+        except OSError as error:
+            handle.truncate(size)
+            if is_disk_full(error):
+                free = shutil.disk_usage(path.parent).free
+                raise DiskFullError(
+                    f"{path}: the disk is full: {free:,} bytes free, {len(data):,} are needed for a line. Make space and run the step again"
+                ) from error
+            raise
+
+
 def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
     """Write an array as ``.npy``, atomically."""
     import numpy as np

@@ -35,6 +35,7 @@ DEEPSPEED, EXPORT, STATE = "deepspeed", "hf", "state"
 TAG = "checkpoint"
 LOSSES = "losses.npy"
 SHARD_BYTES = 2 << 30
+SMALL_FILES_BYTES = 1 << 17  # scripts, headers, manifest and ends of blocks, when the size of a checkpoint is guessed
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 
@@ -65,12 +66,16 @@ class Saving:
         self.request, self.trainer, self._losses, self._cost = request, trainer, losses, cost
         world, directory = trainer.world, request.directory
         world.same(lambda: shutil.rmtree(directory, ignore_errors=True))
-        directory.mkdir(parents=True, exist_ok=True)
         self._info = asdict(progress) | {"ranks": world.size, "zero_stage": trainer.config.zero_stage}
-        with _kept_in_memory(trainer.engine.checkpoint_engine) as copies, _explained(directory):
+        whole = (12 + 4) * _parameters(trainer) if request.kind == "checkpoint" else 0  # state/ and hf/
+        with _explained(directory, whole), _kept_in_memory(trainer.engine.checkpoint_engine) as copies:
+            directory.mkdir(parents=True, exist_ok=True)
             trainer.engine.save_checkpoint(str(directory / DEEPSPEED), tag=TAG, client_state={"step": progress.step})
+        own = torch.tensor(sum(len(data) for _, data in copies), device=world.device)
+        self.needed = int(world.total(own)) + whole + SMALL_FILES_BYTES
+        """About the bytes of all files."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._written = self._writer.submit(_write_copies, directory, copies)
+        self._written = self._writer.submit(_write_copies, directory, copies, self.needed)
 
     @property
     def is_written(self) -> bool:
@@ -84,20 +89,21 @@ class Saving:
             info: further figures for the manifest. identity: see :func:`artifact.commit`.
 
         Raises:
-            ArtifactError: a rank could not write its files; the message is its own.
+            DiskFullError: naming the bytes that are free and those that are missing, on all ranks.
         """
         world, request = self.trainer.world, self.request
+
+        def commit() -> Manifest:
+            with _explained(request.directory, self.needed):
+                artifact.write_array(request.directory / LOSSES, self._losses)
+                return request.commit(info=self._info | dict(info or {}), cost=self._cost, identity=identity, hashed=hashed)
+
         try:
             hashed = {name: record for records in world.gathered(self._own_records) for name, record in records.items()}
+            manifest: Manifest = world.same(commit)
         except ArtifactError:  # a half one would be in the way of whoever makes space
             world.same(lambda: shutil.rmtree(request.directory, ignore_errors=True))
             raise
-
-        def commit() -> Manifest:
-            artifact.write_array(request.directory / LOSSES, self._losses)
-            return request.commit(info=self._info | dict(info or {}), cost=self._cost, identity=identity, hashed=hashed)
-
-        manifest: Manifest = world.same(commit)
         return manifest
 
     def _own_records(self) -> dict[str, FileRecord]:
@@ -109,6 +115,10 @@ class Saving:
     def abandon(self) -> None:
         """Wait for this rank's files, and leave them without a manifest."""
         self._writer.shutdown()
+
+
+def _parameters(trainer: Trainer) -> int:
+    return sum(shape.numel() for group in trainer.group_shapes for shape in group.values())
 
 
 @contextlib.contextmanager
@@ -128,35 +138,18 @@ def _kept_in_memory(writer: Any) -> Iterator[list[tuple[Path, memoryview]]]:
         del writer.save
 
 
-def _write_copies(directory: Path, files: list[tuple[Path, memoryview]]) -> dict[str, FileRecord]:
-    """Write files durably and hash them on the way; the records by name in the checkpoint.
-
-    Raises:
-        DiskFullError: naming the bytes that are free and those that are needed.
-    """
+def _write_copies(directory: Path, files: list[tuple[Path, memoryview]], needed: int) -> dict[str, FileRecord]:
+    """Write files durably and hash them; the records by name in the checkpoint, all files of which take about ``needed`` bytes."""
     records = {}
-    needed = sum(len(data) for _, data in files)
-    while files:
-        path, data = files.pop(0)
-        try:
+    with _explained(directory, needed):
+        while files:
+            path, data = files.pop(0)
             with path.open("wb") as handle:
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
-        except OSError as error:
-            if not artifact.is_disk_full(error):
-                raise
-            raise _disk_full(directory, needed) from error
-        records[str(path.relative_to(directory))] = FileRecord(bytes=len(data), blake3=blake3(data).hexdigest())
+            records[str(path.relative_to(directory))] = FileRecord(bytes=len(data), blake3=blake3(data).hexdigest())
     return records
-
-
-def _disk_full(directory: Path, needed: int | None = None) -> DiskFullError:
-    free = shutil.disk_usage(directory).free
-    wanted = f", {needed:,} are needed for this rank's part" if needed else ""
-    return DiskFullError(
-        f"{directory}: the disk is full ({free:,} bytes free{wanted}); earlier checkpoints are untouched. Make space and run the step again"
-    )
 
 
 def save_stage(
@@ -173,7 +166,7 @@ def save_stage(
         tokenizer_files: copied into ``hf/``, so that the export can be used by itself.
     """
     directory, trainer = saving.request.directory, saving.trainer
-    with _explained(directory):
+    with _explained(directory, saving.needed):
         optimizer, weights = export_state(directory, trainer, next_lr)
         if trainer.world.first:
             _write_export(directory / EXPORT, trainer, weights, tokenizer_files)
@@ -182,14 +175,19 @@ def save_stage(
 
 
 @contextlib.contextmanager
-def _explained(directory: Path) -> Iterator[None]:
-    """PyTorch and safetensors speak of broken streams when a disk is full; say what it is."""
+def _explained(directory: Path, needed: int) -> Iterator[None]:
+    """Libraries speak of broken streams when a disk is full; say what it is, and how much is missing of the bytes needed."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if shutil.disk_usage(directory).free < 1 << 20:
-            raise _disk_full(directory) from error
-        raise
+    except (OSError, RuntimeError, SafetensorError, DiskFullError) as error:
+        free = shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+        if free >= 1 << 20 and not isinstance(error, DiskFullError) and not artifact.is_disk_full(error):
+            raise
+        left = max(needed - sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()), 1)
+        raise DiskFullError(
+            f"{directory}: the disk is full: {free:,} bytes free, about {left:,} are needed for the rest of it. "
+            "Earlier checkpoints are untouched; make space and run the same command again"
+        ) from error
 
 
 def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -281,7 +279,7 @@ def _load_reshaped(directory: Path, trainer: Trainer, ranks: int, zero_stage: in
     def convert() -> None:
         say(f"{directory}: saved by {ranks} ranks with ZeRO-{zero_stage}; converting for {world.size} with ZeRO-{config.zero_stage}")
         shutil.rmtree(folder, ignore_errors=True)
-        with _explained(directory):
+        with _explained(folder, 12 * _parameters(trainer) + SMALL_FILES_BYTES):
             write_universal(
                 directory / DEEPSPEED / TAG,
                 folder,

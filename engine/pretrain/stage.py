@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -126,6 +125,18 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     manifest = run.save()
     world.same(lambda: shutil.rmtree(layout.partial_checkpoints(method, stage), ignore_errors=True))
     return manifest
+
+
+def superseded(newest: Path, kept: int) -> list[Path]:
+    """The partial checkpoints that nobody needs where ``kept`` whole ones, ``newest`` among them, are to stay.
+
+    Those of later steps do not count as newer: they are unfinished, damaged or made with other settings, or training would have gone on
+    from them. The unfinished are of no use; the others stay until training comes to their steps.
+    """
+    found = sorted(newest.parent.glob("step-*"))
+    is_whole = {path: (path / artifact.MANIFEST_NAME).is_file() for path in found}
+    whole = [path for path in found if path.name <= newest.name and is_whole[path]]
+    return [path for path in found if path in whole[:-kept] or not is_whole[path]]
 
 
 def finite(value: float) -> float | None:
@@ -267,21 +278,8 @@ class _StageRun:
             return
         at = self.first_step + step
         line = {"time": time.time(), "method": self.method, "stage": self.stage, "step": at, **figures}
-        self._append(json.dumps(line) + "\n")
+        artifact.append_line(self.layout.metrics, json.dumps(line))
         self.trainer.track({f"{self.method}/{name}": value for name, value in figures.items() if isinstance(value, float)}, at)
-
-    def _append(self, line: str) -> None:
-        """Add a line to the metrics; training outlives a disk without room for it."""
-        path = self.layout.metrics
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a") as handle:
-                handle.write(line)
-        except OSError as error:
-            os.truncate(path, size)  # no half line
-            if not artifact.is_disk_full(error):
-                raise
-            say(f"WARNING: {path}: the disk is full; metrics are left out until there is space")
 
     def _save_partial(self, *, in_background: bool = False) -> None:
         """Save after the steps that are done, where that is not saved yet."""
@@ -299,14 +297,14 @@ class _StageRun:
             return
         saving, self.saving = self.saving, None
         saving.finish()
-        folder, kept = saving.request.directory.parent, self.recipe.pretrain.keep_checkpoints
+        newest, kept = saving.request.directory, self.recipe.pretrain.keep_checkpoints
 
-        def drop_older() -> None:
-            for older in sorted(folder.glob("step-*"))[:-kept]:
-                artifact.unmake(older)
-                shutil.rmtree(older, ignore_errors=True)
+        def drop_superseded() -> None:
+            for old in superseded(newest, kept):
+                artifact.unmake(old)
+                shutil.rmtree(old, ignore_errors=True)
 
-        self.trainer.world.same(drop_older)
+        self.trainer.world.same(drop_superseded)
 
     def save(self) -> Manifest:
         """The checkpoint of the stage's end."""

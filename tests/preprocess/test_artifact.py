@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Cost, Manifest, atomic_file
+from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Cost, DiskFullError, Manifest, append_line, atomic_file
 
 Json = Any
 
@@ -122,6 +122,24 @@ def test_full_disk_is_named_and_nothing_changes(tiny_disk: Path, block: int) -> 
     with atomic_file(path) as handle:  # and the space is free again
         handle.write(bytes(32 << 10))
     assert path.stat().st_size == 32 << 10
+
+
+def test_a_line_is_appended_wholly_or_not_at_all(tiny_disk: Path) -> None:
+    path, line = tiny_disk / "lines.jsonl", "x" * 999
+    path.write_text(f"{line}\n" * 64)
+    append_line(path, line)  # 65,000 of 65,536 bytes
+    with pytest.raises(DiskFullError, match=rf"^{re.escape(str(path))}: the disk is full: 0 bytes free, 1,000 are needed for a line"):
+        append_line(path, line)
+    assert path.read_text() == f"{line}\n" * 65
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 1', "{" * 70_000])
+@pytest.mark.parametrize("whole", ["", "one\ntwo\n"])
+def test_part_of_a_line_is_cut_off_before_the_next(tmp_path: Path, whole: str, torn: str) -> None:
+    path = tmp_path / "lines"
+    path.write_text(whole + torn)
+    append_line(path, "next")
+    assert path.read_text() == f"{whole}next\n"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
