@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from mates.engine.config import Recipe
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
+from mates.engine.data.loader import Batches
 from mates.engine.distributed import World
 from mates.engine.flops import decoder_forward
 from mates.engine.layout import layout_of
@@ -61,7 +63,8 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     corpus = open_train_corpus(recipe)
     holdout = open_corpus(layout.corpus("holdout"), recipe.pretrain.sequence_length)
     test = open_reference(layout.reference("test"))
-    trainer = new_trainer(recipe, world, corpus)
+    untracked = replace(recipe, launch=replace(recipe.launch, trackers=[]))  # a branch that is thrown away is no training to be seen
+    trainer = new_trainer(untracked, world, corpus)
     trained = int(checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint").info["step"])
     index = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
     branch_start = time.perf_counter()
@@ -121,10 +124,11 @@ def _decay(recipe: Recipe, trainer: Trainer, corpus: Corpus, index: npt.NDArray[
     steps, batch = recipe.evaluate.decay_steps, recipe.pretrain.batch_size
     start_lr = learning_rate(recipe.pretrain, trained)
     again = index[len(index) - steps * batch :]
-    with Progress(f"{label} decay", steps, "step", enabled=trainer.world.first) as progress:
-        for step in range(1, steps + 1):
-            ids = trainer.share(again[(step - 1) * batch : step * batch])
-            result = trainer.step(corpus.windows(ids), decay_rate(start_lr, step, steps))
+    world = trainer.world
+    batches = Batches(corpus, again, batch, rank=world.rank, ranks=world.size)
+    with Progress(f"{label} decay", steps, "step", enabled=world.first) as progress, batches:
+        for step, windows in enumerate(batches, 1):
+            result = trainer.step(windows, decay_rate(start_lr, step, steps))
             if result.refused:
                 raise BadStepError(
                     f"{label}: step {step} of the decay branch: {result.refused}; the checkpoint does not bear more training"

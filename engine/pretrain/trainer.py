@@ -248,11 +248,6 @@ class Trainer:
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events([(name, value, step) for name, value in figures.items()])
 
-    def share(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """This rank's part of a global batch of sample ids: the ranks' parts, in order, are the batch."""
-        size = len(ids) // self.world.size
-        return ids[self.world.rank * size : (self.world.rank + 1) * size]
-
     def full_state(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Name, fp32 weights and both moments of each parameter, gathered from all ranks, on the CPU."""
         self._link_moments()

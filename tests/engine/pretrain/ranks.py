@@ -49,9 +49,13 @@ def batches() -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.random.default_rng(0).integers(0, VOCAB, (STEPS, BATCH, LENGTH + 1))
 
 
+def share(batch: np.ndarray[Any, np.dtype[np.int64]], trainer: Trainer) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """This rank's part of a global batch."""
+    return np.split(batch, trainer.world.size)[trainer.world.rank]
+
+
 def train(trainer: Trainer, first: int, last: int) -> list[float]:
-    rows = np.arange(BATCH)
-    return [trainer.step(batches()[step][trainer.share(rows)], lr=1e-3 / (step + 1)).loss_nats for step in range(first, last)]
+    return [trainer.step(share(batches()[step], trainer), lr=1e-3 / (step + 1)).loss_nats for step in range(first, last)]
 
 
 def new(zero_stage: int, precision: str, world: distributed.World, **changes: Any) -> Trainer:
@@ -191,12 +195,11 @@ def reshaped(source: int, target: int, precision: str, folder: Path, world: dist
 def refused(zero_stage: int, precision: str, world: distributed.World) -> dict[str, Any]:
     """Training with bad steps among good ones, and training with the good ones alone."""
     tried, good = (new(zero_stage, precision, world) for _ in range(2))
-    rows = np.arange(BATCH)
     found: dict[str, Any] = {}
     train(tried, 0, 2)
     train(good, 0, 2)
     before = digest(tried)
-    batch = batches()[2][tried.share(rows)]
+    batch = share(batches()[2], tried)
     poison = world.rank == 1
     # a loss above the limit; a loss that is not finite on one rank, in its first micro-batch; a gradient that is not
     found["limit"] = tried.step(batch, lr=1e-3, limit=1.0).refused
