@@ -51,7 +51,8 @@ def batches() -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def share(batch: np.ndarray[Any, np.dtype[np.int64]], trainer: Trainer) -> np.ndarray[Any, np.dtype[np.int64]]:
     """This rank's part of a global batch."""
-    return np.split(batch, trainer.world.size)[trainer.world.rank]
+    size = len(batch) // trainer.world.size
+    return batch[trainer.world.rank * size : (trainer.world.rank + 1) * size]
 
 
 def train(trainer: Trainer, first: int, last: int) -> list[float]:
