@@ -24,7 +24,7 @@ from mates.preprocess.artifact import MANIFEST_NAME, ArtifactError
 
 EVERY = 4
 INTERVAL = ("--pretrain.checkpoint_every", str(EVERY))
-LIMIT = 30.0
+LIMIT = 60.0
 """Seconds within which a run ends that has lost a rank."""
 MARK = "MATES_TEST_RUN"
 
