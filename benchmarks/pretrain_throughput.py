@@ -316,7 +316,8 @@ def lines(found: Json) -> Iterator[str]:
         share = 100 * row["mfu"]["median"]
         yield f"{name.ljust(15)} {row['tokens_per_s']['median']:10,.0f}   {share:5.1f}%   {over:>24}   {row['peak_bytes'] / 2**30:8.2f}"
     if found["left_out"]:
-        yield f"left out, for want of their packages: {', '.join(found['left_out'])}"
+        needed = ", ".join(f"{name} (pip install {NEEDS[name]})" for name in found["left_out"])
+        yield f"left out, for want of a package: {needed}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -5,6 +5,7 @@ Values are checked when the objects are made; a bad one raises :class:`RecipeErr
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -218,8 +219,8 @@ class ModelConfig:
     """A transformers configuration (config.json, or the folder that holds it) of a GPT-NeoX or Llama whose shape is taken; the vocabulary
     is that of the corpus."""
     weights: str | None = None
-    """A Hugging Face folder (config.json and safetensors) whose weights training starts from instead of random ones; moments start at
-    0."""
+    """A Hugging Face folder (config.json and safetensors) whose weights training starts from instead of random ones; moments start at 0.
+    Set ``tokenizer.path`` to its tokenizer, usually the same folder, and ``vocab_multiple`` so that its embedding has as many rows."""
     family: Literal["gpt_neox", "llama"] | None = None
     """Architecture, as transformers names it."""
     hidden_size: int | None = None
@@ -548,9 +549,12 @@ class LaunchConfig:
         require(self.peak_tflops is None or self.peak_tflops > 0, "launch.peak_tflops", self.peak_tflops, "null or above 0")
         for key, place in OWNED_BY_RECIPE.items():
             require(key not in self.deepspeed, f"launch.deepspeed.{key}", self.deepspeed.get(key), f"nothing: {place} says it")
-        zero = self.deepspeed.get("zero_optimization")
+        for key in ("zero_optimization", "tensorboard", "wandb"):
+            value = self.deepspeed.get(key, {})
+            require(isinstance(value, dict), f"launch.deepspeed.{key}", value, "a mapping")
+        zero = self.deepspeed.get("zero_optimization", {})
         for key, place in OWNED_OF_ZERO.items():
-            owned = isinstance(zero, dict) and key in zero
+            owned = key in zero  # type: ignore[operator]
             require(not owned, f"launch.deepspeed.zero_optimization.{key}", zero, f"nothing: {place} says it")
 
 
@@ -600,6 +604,13 @@ class Recipe:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         require(len(self.methods) > 0, "methods", self.methods, "at least one method")
         require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
+        knows_tokenizer = self.tokenizer.path is not None or self.corpus.union
+        require(
+            self.model.weights is None or bool(knows_tokenizer),
+            "tokenizer.path",
+            self.tokenizer.path,
+            f"the tokenizer that model.weights was trained with, perhaps {self.model.weights} itself",
+        )
         shape = resolve_shape(self.model)
         length = self.pretrain.sequence_length
         require(
@@ -644,6 +655,22 @@ class Recipe:
     def path(self) -> Path:
         """The run's folder."""
         return Path(self.run_dir)
+
+
+def require_packages(recipe: Recipe) -> None:
+    """RecipeError where an optional package that the recipe asks for is not installed."""
+    wanted: list[tuple[str, str, str]] = [("launch.trackers", name, name) for name in recipe.launch.trackers]
+    if recipe.pretrain.fused_loss == "always":
+        wanted.append(("pretrain.fused_loss", "liger_kernel", "liger-kernel"))
+    for name, module, package in wanted:
+        if not is_installed(module):
+            raise RecipeError(f"{name}: the package {package} is not installed; run `pip install {package}` or leave it out")
+
+
+def is_installed(module: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name, as wandb writes one, is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def section_names() -> list[str]:

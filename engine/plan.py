@@ -88,6 +88,8 @@ def _vocab_size(recipe: Recipe) -> int:
     directory = layout_of(recipe).tokenizer
     if (directory / artifact.MANIFEST_NAME).exists():
         return int(artifact.load(directory, "tokenizer").info["vocab_size"])
+    if recipe.corpus.union:
+        return int(artifact.load(Path(recipe.corpus.union[0]) / "tokenizer", "tokenizer").info["vocab_size"])
     if recipe.tokenizer.path is None:
         return recipe.tokenizer.vocab_size
     if Path(recipe.tokenizer.path).exists():

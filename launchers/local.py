@@ -154,8 +154,11 @@ def _ask_ranks() -> None:
 
 
 def _describe(rank: subprocess.Popen[bytes], code: int) -> str:
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"process {rank.pid} {how}"
+    if code < 0:
+        return f"process {rank.pid} was killed by {signal.Signals(-code).name}"
+    if 256 - code in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):  # how the deepspeed launcher says it of a rank
+        return f"a rank was killed by {signal.Signals(256 - code).name} (its launcher, process {rank.pid}, ended with exit code {code})"
+    return f"process {rank.pid} ended with exit code {code}"
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jsonargparse
 
-from mates.engine.config import SAMPLE, Recipe, RecipeError, require
+from mates.engine.config import SAMPLE, Recipe, RecipeError, require, require_packages
 from mates.engine.pretrain.vigilance import STOPPED, BadStepError, StopRequestedError, StopSignals
 from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
 from mates.preprocess.artifact import DiskFullError
@@ -326,6 +326,8 @@ def check_paths(recipe: Recipe) -> None:
     from mates.preprocess.inputs import find_inputs
     from mates.preprocess.tokenizer import load_tokenizer, looks_like_path
 
+    require_packages(recipe)
+    check_model(recipe)
     find_inputs([item for item in recipe.corpus.inputs if item != SAMPLE])
     for folder in recipe.corpus.union:
         there = (Path(folder) / "corpus" / "train" / MANIFEST_NAME).is_file()
@@ -341,6 +343,42 @@ def check_paths(recipe: Recipe) -> None:
     encoder = recipe.fit.encoder
     if encoder is not None and looks_like_path(encoder):
         require((Path(encoder) / "config.json").is_file(), "fit.encoder", encoder, "a Hugging Face folder with a config.json")
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuse a transformers configuration, weights or their tokenizer that training could not start from, before anything is made."""
+    from mates.engine.pretrain.shapes import config_file, resolve_shape
+
+    file = config_file(recipe.model)
+    if file is None:
+        return
+    import torch
+
+    from mates.engine.pretrain.model import build_empty, check_weights, model_config, padded_vocabulary
+    from mates.preprocess.artifact import ArtifactError, read_json
+    from mates.preprocess.tokenizer import HuggingFaceTokenizer, load_tokenizer
+
+    shape = resolve_shape(recipe.model)
+    try:
+        build_empty(model_config(shape, 64, 0), torch.float32, torch.device("cpu"))
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    if recipe.model.weights is None:
+        return
+    folder = Path(recipe.model.weights)
+    check_weights(folder)
+    used = Path(recipe.corpus.union[0]) / "tokenizer" if recipe.corpus.union else Path(recipe.tokenizer.path or "")
+    if not used.exists():  # a name on the model hub
+        return
+    tokenizer = load_tokenizer(used, recipe.tokenizer.end_of_document)
+    rows, held = padded_vocabulary(tokenizer.vocab_size, recipe.model.vocab_multiple), read_json(file).get("vocab_size")
+    multiple = recipe.model.vocab_multiple
+    require(rows == held, "model.vocab_multiple", multiple, f"one that makes {held} rows of {tokenizer.vocab_size} token ids, not {rows}")
+    if (folder / "tokenizer.json").exists() and isinstance(tokenizer, HuggingFaceTokenizer):
+        own = load_tokenizer(folder / "tokenizer.json", recipe.tokenizer.end_of_document)
+        assert isinstance(own, HuggingFaceTokenizer)
+        if own.library.get_vocab() != tokenizer.library.get_vocab():
+            raise ArtifactError(f"{used}: not the tokenizer that {folder} was trained with; set tokenizer.path to {folder}")
 
 
 def check_sizes(recipe: Recipe) -> None:
@@ -403,12 +441,13 @@ def _plan(arguments: list[str]) -> int:
     require(0 < extra["utilisation"] <= 1, "--utilisation", extra["utilisation"], "above 0 and at most 1")
     require(extra["devices"] >= 1, "--devices", extra["devices"], "at least 1")
     from mates.engine.plan import Device, describe
+    from mates.preprocess.artifact import ArtifactError
     from mates.preprocess.inputs import InputError
     from mates.preprocess.tokenizer import TokenizerError
 
     try:
         check_paths(recipe)
-    except (InputError, RecipeError, TokenizerError) as error:
+    except (ArtifactError, InputError, RecipeError, TokenizerError) as error:
         print(f"missing     {error}")
     for line in describe(recipe, Device(extra["peak_tflops"] * 1e12, extra["utilisation"], extra["devices"])):
         print(line)

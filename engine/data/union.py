@@ -28,46 +28,63 @@ def take_tokenizer(directory: Path, source: Path) -> Manifest:
     return request.commit(info=taken.info, cost=Cost(seconds=time.perf_counter() - started), files=taken.files)
 
 
-def union_request(layout: Layout, split: str, sources: Sequence[Path]) -> Request:
-    """The union of a split of the corpora of other data folders, in their order."""
-    inputs = {f"part {number:04d}": part.fingerprint for number, part in enumerate(_parts(split, sources))}
-    return Request(directory=layout.corpus(split), kind="corpus", settings={"union": len(sources)}, inputs=inputs)
+SPLIT_SETTINGS = ("pool_share", "holdout_share", "split_seed")
 
 
 def unite_corpora(layout: Layout, sources: Sequence[Path]) -> dict[str, Manifest]:
     """Write the unions of the train, pool and holdout corpora of other data folders.
 
     Args:
-        layout: where they are written. sources: data folders (``data_dir`` of other recipes), each made with the same tokenizer.
+        layout: where they are written. sources: data folders (``data_dir`` of other recipes), each made with the same tokenizer and split
+            in the same way. Where a union of the same corpora is there already, only their places are noted anew.
 
     Raises:
-        ArtifactError: a corpus is missing, or their tokenizers differ.
+        ArtifactError: a corpus is missing, given twice, or does not fit the others.
     """
     return {split: _unite(layout, split, sources) for split in SPLITS}
 
 
 def _unite(layout: Layout, split: str, sources: Sequence[Path]) -> Manifest:
-    started, request = time.perf_counter(), union_request(layout, split, sources)
-    if done := request.find():
+    started, directory = time.perf_counter(), layout.corpus(split)
+    folders = [(source / "corpus" / split).resolve() for source in sources]
+    parts = [artifact.load(folder, "corpus") for folder in folders]
+    tokenizer = artifact.load(layout.tokenizer, "tokenizer").fingerprint
+    for source, part in zip(sources, parts, strict=True):
+        _check_part(source, part, sources[0], parts[0], tokenizer)
+    leaves = [leaf for folder, part in zip(folders, parts, strict=True) for leaf in part_directories(folder, part)]
+    for number, leaf in enumerate(leaves):
+        if leaf in leaves[:number]:
+            raise ArtifactError(f"{leaf}: this corpus is in corpus.union twice, and would be trained on twice; name it once")
+    split_by = {name: parts[0].settings[name] for name in SPLIT_SETTINGS}
+    inputs = {f"part {number:04d}": part.fingerprint for number, part in enumerate(parts)} | {"tokenizer": tokenizer}
+    request = Request(directory=directory, kind="corpus", settings={"union": len(sources), **split_by}, inputs=inputs)
+    done, places = request.find(), [str(folder) for folder in folders]
+    if done and artifact.read_json(directory / PLACES_NAME) == places:
         return done
-    parts = _parts(split, sources)
-    tokenizers = [artifact.load(source / "tokenizer", "tokenizer").fingerprint for source in sources]
-    for source, tokenizer in zip(sources, tokenizers, strict=True):
-        if tokenizer != tokenizers[0]:
-            raise ArtifactError(
-                f"{source}: its tokenizer {tokenizer[:16]}… is not that of {sources[0]}, {tokenizers[0][:16]}…; corpora are read as one "
-                "only where one tokenizer made them: set tokenizer.path of all their recipes to the same file"
-            )
-    request.directory.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(request.directory / PARTS_NAME, [part.fingerprint for part in parts])
-    artifact.write_json(request.directory / PLACES_NAME, [str((source / "corpus" / split).resolve()) for source in sources])
+    directory.mkdir(parents=True, exist_ok=True)
+    artifact.unmake(directory)
+    artifact.write_json(directory / PARTS_NAME, [part.fingerprint for part in parts])
+    artifact.write_json(directory / PLACES_NAME, places)
     info: dict[str, Any] = {name: sum(part.info[name] for part in parts) for name in ("documents", "sequences", "tokens")}
     kept = {name: parts[0].info[name] for name in ("tokenizer", "dtype")}
-    return request.commit(info=info | kept, cost=Cost(seconds=time.perf_counter() - started), identity=[PARTS_NAME])
+    cost = Cost(seconds=time.perf_counter() - started)
+    return request.commit(info=info | kept, cost=cost, files=[PARTS_NAME, PLACES_NAME], identity=[PARTS_NAME])
 
 
-def _parts(split: str, sources: Sequence[Path]) -> list[Manifest]:
-    return [artifact.load(source / "corpus" / split, "corpus") for source in sources]
+def _check_part(source: Path, part: Manifest, first_source: Path, first: Manifest, tokenizer: str) -> None:
+    """ArtifactError where a part's token ids mean something else than the first one's, or its documents were split in another way."""
+    made_with = part.inputs["tokenizer"]
+    if made_with != tokenizer:
+        raise ArtifactError(
+            f"{source}: its corpora were made with the tokenizer {made_with[:16]}…, the union's, that of {first_source}, is "
+            f"{tokenizer[:16]}…; set tokenizer.path of all their recipes to the same file, and make the corpora anew"
+        )
+    for name in SPLIT_SETTINGS:
+        if part.settings[name] != first.settings[name]:
+            raise ArtifactError(
+                f"{source}: corpus.{name} is {part.settings[name]}, in {first_source} it is {first.settings[name]}; with different splits "
+                "a document that is held out of one may be trained on in the other. Make the corpora with the same one"
+            )
 
 
 def part_directories(directory: Path, manifest: Manifest) -> list[Path]:
@@ -81,7 +98,13 @@ def part_directories(directory: Path, manifest: Manifest) -> list[Path]:
     found = []
     expected, places = artifact.read_json(directory / PARTS_NAME), artifact.read_json(directory / PLACES_NAME)
     for fingerprint, place in zip(expected, map(Path, places), strict=True):
-        part = artifact.load(place, "corpus")
+        try:
+            part = artifact.load(place, "corpus")
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"{directory}: a union of corpora, one of which was at {place}: {error}\nIf it is elsewhere now, name its data folder in "
+                "corpus.union and run `mates preprocess` again"
+            ) from error
         if part.fingerprint != fingerprint:
             raise ArtifactError(
                 f"{place}: a corpus with the fingerprint {part.fingerprint[:16]}…, but {directory} is a union with {fingerprint[:16]}…; "

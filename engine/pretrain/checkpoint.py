@@ -223,8 +223,10 @@ def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dic
 def _write_export(directory: Path, trainer: Trainer, weights: dict[str, torch.Tensor], tokenizer_files: Sequence[Path]) -> None:
     """Write ``hf/``: the fp32 master weights, a configuration that says so, and the tokenizer."""
     module = trainer.engine.module
+    module.generation_config.use_cache = True  # training has no use for a cache, whoever generates has
     module.save_pretrained(directory, state_dict=weights)
     config = copy.deepcopy(module.config)
+    config.use_cache = True
     config.dtype = torch.float32  # save_pretrained writes the dtype of training, and loading would round to it
     config.save_pretrained(directory)
     for file in tokenizer_files:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mates.engine.config import RecipeError
 from mates.engine.pretrain.shapes import NEOX_ROPE, ModelShape
 from mates.engine.random import key_of
-from mates.preprocess.artifact import ArtifactError, digest_of, fingerprint_of
+from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError, fingerprint_of
 
 RESIDUAL = ("dense.weight", "dense_4h_to_h.weight", "o_proj.weight", "down_proj.weight")
 """Endings of the names of matrices whose products are added to the residual stream."""
-ENDS = 1 << 20
 
 
 def padded_vocabulary(vocab_size: int, multiple: int) -> int:
@@ -28,7 +29,7 @@ def padded_vocabulary(vocab_size: int, multiple: int) -> int:
 
 
 def model_config(shape: ModelShape, vocab_size: int, end_of_document: int) -> Any:
-    """The transformers configuration of a shape."""
+    """The transformers configuration of a shape. RecipeError where transformers refuses its settings."""
     from transformers import GPTNeoXConfig, LlamaConfig
 
     common = {
@@ -44,11 +45,18 @@ def model_config(shape: ModelShape, vocab_size: int, end_of_document: int) -> An
         "use_cache": False,
     }
     settings = copy.deepcopy(shape.settings)  # transformers writes into what it is given
-    if shape.family == "gpt_neox":
-        if not {"rope_parameters", "rotary_pct", "rotary_emb_base", "rope_scaling"} & set(settings):
-            settings["rope_parameters"] = dict(NEOX_ROPE)
-        return GPTNeoXConfig(**settings, **common)
-    return LlamaConfig(**settings, **common, num_key_value_heads=shape.kv_heads)
+    if shape.family == "gpt_neox" and not {"rope_parameters", "rotary_pct", "rotary_emb_base", "rope_scaling"} & set(settings):
+        settings["rope_parameters"] = dict(NEOX_ROPE)
+    if shape.family == "llama":
+        settings["num_key_value_heads"] = shape.kv_heads
+    try:
+        config = (GPTNeoXConfig if shape.family == "gpt_neox" else LlamaConfig)(**settings, **common)
+    except Exception as error:  # of many kinds, by what a user's file says
+        raise RecipeError(f"transformers refuses this configuration ({type(error).__name__}: {error})") from error
+    for name, value in (getattr(config, "rope_parameters", None) or {}).items():
+        if isinstance(value, int | float) and not value > 0:
+            raise RecipeError(f"the rotary embedding's {name}: found {value}, expected a number above 0")
+    return config
 
 
 def build_model(config: Any, seed: int) -> nn.Module:
@@ -84,15 +92,22 @@ def _number(seed: int, purpose: str) -> int:
 
 
 def build_empty(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A model whose weights take no memory, on the meta device; its buffers are real and on ``device``."""
+    """A model whose weights take no memory, on the meta device; its buffers are real and on ``device``.
+
+    Raises:
+        RecipeError: transformers makes none of the configuration.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 1, 8
-    with torch.random.fork_rng(devices=[]):  # the random weights of this one are of no use, and no draw of the global generator
-        buffers = dict(AutoModelForCausalLM.from_config(small, attn_implementation="sdpa", dtype=dtype).named_buffers())
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        with torch.random.fork_rng(devices=[]):  # the random weights of this one are of no use, and no draw of the global generator
+            buffers = dict(AutoModelForCausalLM.from_config(small, attn_implementation="sdpa", dtype=dtype).named_buffers())
+    except Exception as error:  # of many kinds, by what a user's file says
+        raise RecipeError(f"transformers makes no model of this configuration ({type(error).__name__}: {error})") from error
     for name, _ in list(model.named_buffers()):
         owner, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(owner), own_name, buffers[name].to(device))
@@ -103,44 +118,93 @@ def build_from_weights(config: Any, directory: Path) -> nn.Module:
     """The fp32 model of a configuration on the CPU, with the weights of a Hugging Face folder. Nothing is unpickled.
 
     Raises:
-        ArtifactError: no safetensors, or tensors that are not those of the model.
+        ArtifactError: no safetensors, damaged ones, or tensors that are not those of the model or not finite.
     """
     from transformers import AutoModelForCausalLM
 
-    if not any(directory.glob("*.safetensors")):
-        raise ArtifactError(f"{directory}: no *.safetensors here; load the model with transformers and save it with save_pretrained")
-    model, found = AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # said below
-    )
-    for name, held, expected in sorted(found["mismatched_keys"]):
-        raise ArtifactError(
-            f"{directory}: {name} is {tuple(held)}, expected {tuple(expected)}; rows of embeddings are the tokenizer's vocabulary rounded "
-            "up to model.vocab_multiple: use the tokenizer that the weights were trained with, and a multiple that gives their rows"
+    check_weights(directory)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below
         )
+    except Exception as error:  # of many libraries and kinds
+        raise ArtifactError(f"{directory}: transformers cannot load its weights ({type(error).__name__}: {error})") from error
+    for name, held, expected in sorted(found["mismatched_keys"]):
+        advice = (
+            "; rows of embeddings are the tokenizer's vocabulary rounded up to model.vocab_multiple: use the tokenizer that the weights "
+            "were trained with, and a multiple that gives their rows"
+            if held[1:] == expected[1:] and ("embed" in name or "lm_head" in name)
+            else "; its config.json is of another model"
+        )
+        raise ArtifactError(f"{directory}: {name} is {tuple(held)}, expected {tuple(expected)}{advice}")
     for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "holds, beyond the model's tensors,")):
         if found[kind]:
             raise ArtifactError(f"{directory}: {words} {', '.join(sorted(found[kind])[:3])} ({len(found[kind])} in all)")
     result: nn.Module = model
+    expected_names = {name for name, _ in build_empty(config, torch.float32, torch.device("cpu")).named_parameters()}
+    if extra := {name for name, _ in result.named_parameters()} - expected_names:
+        raise ArtifactError(
+            f"{directory}: config.json says tie_word_embeddings, but {min(extra)} is not the input embedding; set it to false there, or "
+            f"remove {min(extra)}"
+        )
+    for name, parameter in result.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ArtifactError(f"{directory}: {name} holds values that are not finite")
     return result
 
 
+def check_weights(directory: Path) -> None:
+    """Read the headers of a Hugging Face folder's weights.
+
+    Raises:
+        ArtifactError: there are none, one is damaged or missing, or a tensor does not hold floating-point numbers.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        raw = artifact.read_json(index)
+        names = set(raw["weight_map"].values()) if isinstance(raw, dict) and isinstance(raw.get("weight_map"), dict) else {None}
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ArtifactError(f"{index}: no index of the safetensors files beside it")
+        files = [directory / str(name) for name in sorted(names, key=str)]
+    else:
+        files = [directory / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ArtifactError(f"{file}: not there; load the model with transformers and save it with save_pretrained")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                dtypes = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ArtifactError(f"{file}: not a readable safetensors file ({error})") from error
+        for name, dtype in dtypes.items():
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise ArtifactError(f"{file}: {name} is {dtype}, expected floating-point numbers; quantized weights cannot be trained on")
+
+
 def weights_fingerprint(directory: Path) -> str:
-    """What names the weights of a Hugging Face folder: its configuration, and size and both ends of each safetensors file."""
-    found: list[Any] = [digest_of(directory / "config.json")]
-    for file in sorted(directory.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            head = handle.read(ENDS)
-            handle.seek(max(0, size - ENDS))
-            found.append([file.name, size, blake3(head + handle.read()).hexdigest()])
-    return fingerprint_of(found)
+    """What names the weights of a Hugging Face folder: the contents of its configuration, index and safetensors files."""
+    check_weights(directory)
+    files = [directory / "config.json", *directory.glob("*.safetensors.index.json"), *directory.glob("*.safetensors")]
+    return fingerprint_of([[file.name, _digest_of(file, *_identity(file))] for file in sorted(files)])
+
+
+def _identity(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(file: Path, *identity: int) -> str:
+    """Of a file's contents, read once by a process as long as it is the same file."""
+    digest: str = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
+    return digest
 
 
 def reset_at_documents(model: nn.Module, end_of_document: int) -> None:
@@ -181,11 +245,6 @@ def next_token_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def has_fused_loss() -> bool:
-    """Whether the package is installed that computes output embedding and cross-entropy in pieces."""
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
 class FusedHead(nn.Linear):
     """An output embedding that can give the loss instead of logits, piece by piece, so that the logits are never held as a whole.
 
@@ -196,13 +255,7 @@ class FusedHead(nn.Linear):
 
     @classmethod
     def of(cls, model: nn.Module) -> FusedHead:
-        """The output embedding of a model, which becomes one of these in place.
-
-        Raises:
-            RecipeError: the package is not there.
-        """
-        if not has_fused_loss():
-            raise RecipeError("pretrain.fused_loss: the package liger-kernel is not installed; run `pip install liger-kernel`")
+        """The output embedding of a model, which becomes one of these in place."""
         head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
         head.__class__ = cls
         assert isinstance(head, cls)

@@ -50,6 +50,7 @@ def write_universal(source: Path, target: Path, *, zero_stage: int, groups: list
         )
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             ds_to_universal.main(options)
+        (target.parent / "latest_universal").unlink(missing_ok=True)
     if zero_stage == 3:
         _complete_shards(target, groups)
     step = torch.load(target / TENSORS / next(iter(groups[0])) / "step.pt", weights_only=True)

@@ -100,15 +100,32 @@ NEOX_ROPE = _rope(10_000.0, partial_rotary_factor=0.25)
 _SMALL = ModelShape(family="gpt_neox", hidden_size=128, layers=4, heads=4, kv_heads=4, intermediate_size=512, max_positions=512)
 
 
-OF_THE_CORPUS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-OF_ITS_MAKER = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "initializer_range")
+KEPT = (
+    "hidden_act",
+    "layer_norm_eps",
+    "rms_norm_eps",
+    "use_parallel_residual",
+    "partial_rotary_factor",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rotary_emb_base",
+    "rotary_pct",
+)
+"""Keys of a configuration that a model is built with, beside its sizes; what else there is says nothing about its mathematics."""
 NOT_TRAINED_WITH = {
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
     "mlp_bias": False,
     "pretraining_tp": 1,
+    "sliding_window": None,
+    "layer_types": None,
+    "quantization_config": None,
 }
 """Keys of a configuration that must have these values, where they are there."""
+LARGEST = 2**20
 
 
 def config_file(model: ModelConfig) -> Path | None:
@@ -131,35 +148,28 @@ def read_shape(path: Path) -> ModelShape:
 
     try:
         raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read as a transformers configuration: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"{path}: cannot be read as a transformers configuration ({type(error).__name__}: {error}). model.config or model.weights "
+            "names it; every step of a run reads it"
+        ) from error
     require(isinstance(raw, dict), str(path), raw, "a JSON object")
     family = raw.get("model_type")
     require(family in get_args(Family), f"{path}: model_type", family, "gpt_neox or llama")
-    needed = {
-        "hidden_size": int,
-        "num_hidden_layers": int,
-        "num_attention_heads": int,
-        "intermediate_size": int,
-        "max_position_embeddings": int,
-    }
-    for name, kind in needed.items():
-        require(type(raw.get(name)) is kind and raw[name] > 0, f"{path}: {name}", raw.get(name), "a whole number above 0")
-    expected = NOT_TRAINED_WITH | {"attention_bias": family == "gpt_neox"}
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+    for name in (*needed, "num_key_value_heads"):
+        value = raw.get(name)
+        is_size = type(value) is int and 0 < value <= LARGEST
+        require(is_size or (value is None and name not in needed), f"{path}: {name}", value, f"a whole number from 1 to {LARGEST}")
     head_dim = raw["hidden_size"] // raw["num_attention_heads"]
-    for name, value in [*expected.items(), ("head_dim", head_dim)]:
+    expected = NOT_TRAINED_WITH | {"attention_bias": family == "gpt_neox", "head_dim": head_dim}
+    if family == "gpt_neox":
+        expected["num_key_value_heads"] = raw["num_attention_heads"]
+    for name, value in expected.items():
         found = raw.get(name)
         require(found is None or found == value, f"{path}: {name}", found, f"{value!r}")
-    known = {
-        *needed,
-        *OF_THE_CORPUS,
-        *OF_ITS_MAKER,
-        *expected,
-        "head_dim",
-        "num_key_value_heads",
-        "tie_word_embeddings",
-        "classifier_dropout",
-    }
+    ties = raw.get("tie_word_embeddings", False)
+    require(isinstance(ties, bool), f"{path}: tie_word_embeddings", ties, "true or false")
     return ModelShape(
         family=family,
         hidden_size=raw["hidden_size"],
@@ -168,8 +178,8 @@ def read_shape(path: Path) -> ModelShape:
         kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"],
         max_positions=raw["max_position_embeddings"],
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        settings={name: value for name, value in sorted(raw.items()) if name not in known},
+        tie_embeddings=ties,
+        settings={name: raw[name] for name in KEPT if name in raw},
     )
 
 

@@ -29,7 +29,7 @@ from mates.engine.pretrain.trainer import StepResult, Trainer
 from mates.engine.pretrain.vigilance import BadStepError, SpikeWatch, StopRequestedError, StopSignals
 from mates.engine.progress import Progress, say
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
+from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import tokenizer_files
 
 NOT_IDENTITY = (
@@ -113,6 +113,8 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
         return done
     started = time.perf_counter()
     layout = layout_of(recipe)
+    if world.first:
+        say(f"pretrain {method} stage {stage}: starting {world.size} ranks with ZeRO-{recipe.pretrain.zero_stage}")
     corpus = open_train_corpus(recipe)
     index = read_index(layout.index(method, stage), corpus.fingerprint)
     wanted = recipe.pretrain.steps_per_stage * recipe.pretrain.batch_size
@@ -205,6 +207,8 @@ class _StageRun:
                 if self._partial(candidate).find():
                     artifact.verify(candidate)
                     return candidate
+            except ArtifactMismatchError:  # other settings by mistake must not cost what was trained
+                raise
             except ArtifactError as error:
                 say(f"passing over {candidate}: {error}")
         return None
@@ -277,7 +281,8 @@ class _StageRun:
         if not self.trainer.world.first:
             return
         at = self.first_step + step
-        line = {"time": time.time(), "method": self.method, "stage": self.stage, "step": at, **figures}
+        how = {"ranks": self.trainer.world.size, "zero_stage": self.recipe.pretrain.zero_stage}
+        line = {"time": time.time(), "method": self.method, "stage": self.stage, "step": at, "stage_step": step, **how, **figures}
         artifact.append_line(self.layout.metrics, json.dumps(line))
         self.trainer.track({f"{self.method}/{name}": value for name, value in figures.items() if isinstance(value, float)}, at)
 

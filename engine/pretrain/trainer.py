@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mates.engine.config import PretrainConfig, Recipe, RecipeError
+from mates.engine.config import PretrainConfig, Recipe, is_installed, require, require_packages
 from mates.engine.distributed import World
 from mates.engine.pretrain.model import (
     FusedHead,
     build_from_weights,
     build_model,
     build_uninitialised,
-    has_fused_loss,
     model_config,
     next_token_loss,
     padded_vocabulary,
@@ -91,12 +91,6 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _require_trackers(recipe: Recipe) -> None:
-    missing = [name for name in recipe.launch.trackers if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RecipeError(f"launch.trackers: the package {missing[0]} is not installed; run `pip install {missing[0]}` or leave it out")
-
-
 class Trainer:
     """A DeepSpeed engine around the recipe's model with AdamW (Loshchilov & Hutter, arXiv 1711.05101).
 
@@ -111,7 +105,7 @@ class Trainer:
         """
         import deepspeed
 
-        _require_trackers(recipe)
+        require_packages(recipe)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         config = recipe.pretrain
         if config.batch_size % world.size:
@@ -128,7 +122,9 @@ class Trainer:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.reset_at_documents:
             reset_at_documents(model, end_of_document)
-        can_fuse = world.device.type == "cuda" and has_fused_loss()
+        runs_kernels = world.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        require(config.fused_loss != "always" or runs_kernels, "pretrain.fused_loss", "always", "auto or never on a machine without a GPU")
+        can_fuse = world.device.type == "cuda" and is_installed("liger_kernel")
         self._head = FusedHead.of(model) if config.fused_loss == "always" or (config.fused_loss == "auto" and can_fuse) else None
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups: dict[float, list[nn.Parameter]] = {}
@@ -146,12 +142,14 @@ class Trainer:
             eps=config.eps,
             fused=config.offload_optimizer or world.device.type == "cpu",
         )
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(recipe, world.size))
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its memory at every step of the way
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(recipe, world.size))
         # the cast to bf16 took the rotary frequencies along; their angles need fp32
         for name, buffer in self.engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         if config.compile:
             self.engine.compile()
+        self._tracks, self.engine.monitor.enabled = self.engine.monitor.enabled, False  # DeepSpeed's own figures count samples
         self.micro_batch = int(self.engine.train_micro_batch_size_per_gpu())
         self.updates = 0
         """Optimizer steps taken so far, by all attempts."""
@@ -245,7 +243,7 @@ class Trainer:
 
     def track(self, figures: Mapping[str, float], step: int) -> None:
         """Hand figures to the recipe's trackers."""
-        if self.engine.monitor.enabled:
+        if self._tracks:
             self.engine.monitor.write_events([(name, value, step) for name, value in figures.items()])
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:

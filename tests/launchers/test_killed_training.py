@@ -127,7 +127,7 @@ class Training:
 
         done = self.attempt(act)
         assert done.returncode == 1
-        assert re.search(r"mates run: process \d+ ended with exit code \d+\n", done.stderr)
+        assert re.search(r"mates run: a rank was killed by SIGKILL \(its launcher, process \d+, ended with exit code 247\)\n", done.stderr)
 
     def kill_inside_save(self, rank: int, moment: str, *, after: int) -> bool:
         """SIGKILL a rank inside the ``after``-th save of steps that have no folder yet; False where the save was already through."""

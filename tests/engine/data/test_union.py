@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,16 +96,69 @@ def test_it_is_made_once_and_known_by_what_it_is_made_of(made: list[Recipe], uni
     assert sizes[0] == sizes[1] + sizes[2]
 
 
+def united_with(recipe: Recipe, folders: list[Path], run_dir: Path) -> Recipe:
+    return replace(recipe, run_dir=str(run_dir), corpus=CorpusConfig(union=[str(folder) for folder in folders]))
+
+
 def test_corpora_of_different_tokenizers_are_refused(made: list[Recipe], tmp_path: Path) -> None:
+    """Also where the tokenizer that lies beside them now is another than the one that made them."""
     other = make_recipe(tmp_path / "other")
     other = replace(other, tokenizer=replace(other.tokenizer, vocab_size=450))
     steps.tokenizer_step(other)
     steps.preprocess_step(other)
-    folders = [str(layout_of(recipe).data) for recipe in (made[0], other)]
-    recipe = replace(made[0], run_dir=str(tmp_path / "run"), corpus=CorpusConfig(union=folders))
+    first, second = layout_of(made[0]).data, layout_of(other).data
+    recipe = united_with(made[0], [first, second], tmp_path / "run")
     steps.tokenizer_step(recipe)
-    with pytest.raises(ArtifactError, match=r"its tokenizer \w+… is not that of .*set tokenizer.path of all their recipes"):
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"its corpora were made with the tokenizer \w+…, the union's, .*set tokenizer.path of all"):
+            steps.preprocess_step(recipe)
+        shutil.rmtree(second / "tokenizer")
+        shutil.copytree(first / "tokenizer", second / "tokenizer")
+
+
+def test_corpora_that_were_split_in_another_way_are_refused(made: list[Recipe], tmp_path: Path) -> None:
+    other = replace(made[0], run_dir=str(tmp_path / "other"), corpus=replace(made[0].corpus, split_seed=1))
+    steps.tokenizer_step(other)
+    steps.preprocess_step(other)
+    recipe = united_with(made[0], [layout_of(made[0]).data, layout_of(other).data], tmp_path / "run")
+    steps.tokenizer_step(recipe)
+    with pytest.raises(ArtifactError, match=r"corpus.split_seed is 1, in .* it is 0; with different splits"):
         steps.preprocess_step(recipe)
+
+
+def test_no_corpus_is_in_twice(made: list[Recipe], united: Recipe, tmp_path: Path) -> None:
+    data = layout_of(made[0]).data
+    for number, folders in enumerate(([data, data / "corpus" / ".."], [layout_of(united).data, data])):
+        recipe = united_with(made[0], folders, tmp_path / str(number))
+        steps.tokenizer_step(recipe)
+        with pytest.raises(ArtifactError, match=r"train: this corpus is in corpus.union twice"):
+            steps.preprocess_step(recipe)
+
+
+def test_a_union_of_a_union_and_a_corpus(made: list[Recipe], tmp_path: Path) -> None:
+    one = united_with(made[0], [layout_of(made[0]).data], tmp_path / "one")
+    two = united_with(made[0], [layout_of(one).data, layout_of(made[1]).data], tmp_path / "two")
+    for recipe in (one, two):
+        steps.tokenizer_step(recipe)
+        steps.preprocess_step(recipe)
+    parts = [open_train_corpus(recipe).windows(np.arange(open_train_corpus(recipe).samples)) for recipe in made]
+    whole = open_train_corpus(two)
+    assert np.array_equal(whole.windows(np.arange(whole.samples)), np.concatenate(parts))
+
+
+def test_parts_that_moved_are_found_at_their_new_place(made: list[Recipe], tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(layout_of(made[0]).data, old)
+    recipe = united_with(made[0], [old], tmp_path / "run")
+    steps.tokenizer_step(recipe)
+    steps.preprocess_step(recipe)
+    fingerprint, samples = open_train_corpus(recipe).fingerprint, open_train_corpus(recipe).samples
+    old.rename(new)
+    with pytest.raises(ArtifactError, match=r"(?s)a union of corpora, one of which was at .*old/corpus/train: .*name its data folder in"):
+        open_train_corpus(recipe)
+    moved = united_with(made[0], [new], tmp_path / "run")
+    steps.preprocess_step(moved)
+    assert (open_train_corpus(moved).fingerprint, open_train_corpus(moved).samples) == (fingerprint, samples)
 
 
 def test_a_part_that_changed_is_named(made: list[Recipe], united: Recipe, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mates.engine.config import ModelConfig, RecipeError
@@ -114,7 +115,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         build_from_weights(model_config(resolve_shape(ModelConfig(config=str(shallow))), VOCAB, 0), tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(ArtifactError, match=r"no .*safetensors here"):
+    with pytest.raises(ArtifactError, match=r"model.safetensors: not there; load the model with transformers"):
         build_from_weights(model_config(shape, VOCAB, 0), tmp_path)
 
 
@@ -126,13 +127,24 @@ def test_the_fingerprint_of_weights_is_that_of_their_contents(tmp_path: Path) ->
         found.append(weights_fingerprint(folder))
     assert found[0] == found[1]
     assert len(set(found)) == 3
+    file = tmp_path / "a" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert weights_fingerprint(tmp_path / "a") != found[0]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type: found 'gpt2', expected gpt_neox or llama"),
-        ({"num_hidden_layers": None}, "num_hidden_layers: found None, expected a whole number above 0"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: found None, expected a whole number from 1 to 1048576"),
+        ({"hidden_size": 10**30}, "hidden_size: found 10+, expected a whole number from 1 to 1048576"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads: found '2', expected a whole number"),
+        ({"num_key_value_heads": True}, "num_key_value_heads: found True, expected a whole number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: found 'false', expected true or false"),
+        ({"sliding_window": 64}, "sliding_window: found 64, expected None"),
+        ({"quantization_config": {}}, "quantization_config: found {}, expected None"),
         ({"attention_dropout": 0.1}, "attention_dropout: found 0.1, expected 0.0"),
         ({"mlp_bias": True}, "mlp_bias: found True, expected False"),
         ({"head_dim": 32}, "head_dim: found 32, expected 16"),
@@ -142,6 +154,71 @@ def test_what_training_does_not_do_is_refused(change: dict[str, Any], message: s
     folder = write(tmp_path, LLAMA | change)
     with pytest.raises(RecipeError, match=message):
         resolve_shape(ModelConfig(config=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "foo"}, "transformers makes no model of this configuration .*foo"),
+        ({"rms_norm_eps": "abc"}, "transformers refuses this configuration"),
+        ({"rope_scaling": {"rope_type": "foo"}}, "transformers (refuses|makes no model of) this configuration"),
+        ({"rope_theta": -1.0}, "rope_theta: found -1.0, expected a number above 0"),
+    ],
+)
+def test_what_transformers_makes_no_model_of_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    shape = resolve_shape(ModelConfig(config=str(write(tmp_path, LLAMA | change))))
+    with pytest.raises(RecipeError, match=message):
+        build_model(model_config(shape, VOCAB, 0), 0)
+
+
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(RecipeError, match=r"config.json: cannot be read as a transformers configuration \(RecursionError"):
+        resolve_shape(ModelConfig(config=str(tmp_path)))
+
+
+def saved(folder: Path, **changes: Any) -> Any:
+    """A folder of weights, and the configuration that training makes of it."""
+    raw = LLAMA | changes
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(write(folder, raw))).save_pretrained(folder)
+    return model_config(resolve_shape(ModelConfig(weights=str(folder))), VOCAB, 0)
+
+
+def test_two_matrices_where_the_configuration_says_one_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, tie_word_embeddings=False)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    write(tmp_path, raw | {"tie_word_embeddings": True})
+    config = model_config(resolve_shape(ModelConfig(weights=str(tmp_path))), VOCAB, 0)
+    with pytest.raises(ArtifactError, match=r"says tie_word_embeddings, but lm_head.weight is not the input embedding; set it to false"):
+        build_from_weights(config, tmp_path)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    config, file = saved(tmp_path), tmp_path / "model.safetensors"
+    whole = load_file(file)
+    for name, value, message in (
+        ("float", torch.nan, "model.norm.weight holds values that are not finite"),
+        ("int8", 1, "model.norm.weight is I8, expected floating-point numbers"),
+    ):
+        spoilt = torch.full((64,), value, dtype=getattr(torch, name))
+        save_file(whole | {"model.norm.weight": spoilt}, file, metadata={"format": "pt"})
+        with pytest.raises(ArtifactError, match=message):
+            build_from_weights(config, tmp_path)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match=r"model.safetensors: not a readable safetensors file"):
+        build_from_weights(config, tmp_path)
+
+
+def test_indices_name_only_files_beside_them(tmp_path: Path) -> None:
+    config = saved(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for entry, message in (
+        ("../model.safetensors", "no index of the safetensors files"),
+        ("other.safetensors", "other.safetensors: not there"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": entry}}))
+        with pytest.raises(ArtifactError, match=message):
+            build_from_weights(config, tmp_path)
 
 
 def test_a_shape_is_said_once(tmp_path: Path) -> None:

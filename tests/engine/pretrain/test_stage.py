@@ -27,7 +27,9 @@ from mates.engine.pretrain.stage import new_trainer, open_train_corpus, pretrain
 from mates.engine.pretrain.trainer import Trainer
 from mates.engine.pretrain.vigilance import StopRequestedError, StopSignals
 from mates.engine.select.stage import select_stage
+from mates.launchers.verbs import check_model
 from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactMismatchError
 
 STEPS, STAGES, BATCH = 4, 2, 4
 
@@ -141,6 +143,18 @@ def test_checkpoints_inside_a_stage_are_kept_as_asked(recipe: Recipe, world: Wor
     assert not folder.exists()
 
 
+def test_unfinished_training_with_other_settings_is_refused_and_kept(recipe: Recipe, world: World, tmp_path: Path) -> None:
+    first = replace(recipe, run_dir=str(tmp_path))
+    with pytest.raises(StopRequestedError):
+        train(first, world, 3)
+    folder = layout_of(first).partial_checkpoints("shared", 0)
+    before = sorted(folder.iterdir())
+    with pytest.raises(ArtifactMismatchError, match=r"pretrain.lr: 0.001, now asked 0.1"):
+        train(replace(first, pretrain=replace(first.pretrain, lr=0.1)), world)
+    assert sorted(folder.iterdir()) == before
+    train(first, world)
+
+
 @pytest.fixture(scope="module")
 def trained(recipe: Recipe, world: World, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     done = replace(recipe, run_dir=str(tmp_path_factory.mktemp("trained")))
@@ -164,7 +178,9 @@ def test_the_export_gives_the_trainers_logits(trained: Recipe, world: World) -> 
 def test_training_starts_from_a_hugging_face_folder(trained: Recipe, world: World, tmp_path: Path) -> None:
     """The first loss is that of the weights, and the weights are an input of the stage."""
     export = layout_of(trained).checkpoint("random", 1) / "hf"
-    continued = replace(trained, run_dir=str(tmp_path), model=ModelConfig(weights=str(export)))
+    tokenizer = replace(trained.tokenizer, path=str(export))
+    continued = replace(trained, run_dir=str(tmp_path), model=ModelConfig(weights=str(export)), tokenizer=tokenizer)
+    check_model(continued)
     select_stage(continued, "shared", 0)
     manifest = pretrain_stage(continued, world, "shared", 0)
     assert "weights" in manifest.inputs
@@ -175,8 +191,12 @@ def test_training_starts_from_a_hugging_face_folder(trained: Recipe, world: Worl
     expected = torch.nn.functional.cross_entropy(own.flatten(0, 1), first[:, 1:].flatten()).item()
     losses = checkpoint.read_losses(layout_of(continued).checkpoint("shared", 0))
     assert losses[0] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(RecipeError, match=r"model.vocab_multiple: found 4096, expected one that makes 448 rows of 400 token ids, not 4096"):
+        check_model(replace(continued, model=replace(continued.model, vocab_multiple=4096)))
+    with pytest.raises(RecipeError, match=r"tokenizer.path: found None, expected the tokenizer that model.weights was trained with"):
+        replace(continued, tokenizer=trained.tokenizer)
     config = AutoModelForCausalLM.from_pretrained(layout_of(continued).checkpoint("shared", 0) / "hf").config
-    assert (config.hidden_size, config.num_hidden_layers) == (32, 1)
+    assert (config.hidden_size, config.num_hidden_layers, config.use_cache) == (32, 1, True)
 
 
 def test_documents_apart_are_another_training(trained: Recipe, world: World, tmp_path: Path) -> None:
