@@ -418,8 +418,11 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """The influence model: a BERT-architecture encoder, mean-pooled over chunks, with a regression head."""
+    """The influence model."""
 
+    model: Literal["encoder", "ngram"] = "encoder"
+    """``encoder``: a BERT-architecture encoder, mean-pooled over chunks, with a regression head. ``ngram``: ridge regression on hashed
+    uni- and bigrams of tokens, seconds on a CPU and hardly a FLOP; of what follows only the shares matter to it."""
     encoder: str | None = None
     """A pretrained encoder by path or name on the model hub (bert-base-uncased in the paper): it reads the sample's text through its
     own tokenizer. Null makes a small BERT from scratch that reads the corpus' token ids as they are."""
@@ -646,7 +649,9 @@ class Recipe:
             "above 0 where probe.after_decay asks for the branch",
         )
         require(
-            self.fit.encoder is not None or self.fit.chunk_tokens * self.fit.max_chunks >= self.pretrain.sequence_length,
+            self.fit.model == "ngram"
+            or self.fit.encoder is not None
+            or self.fit.chunk_tokens * self.fit.max_chunks >= self.pretrain.sequence_length,
             "fit.chunk_tokens x fit.max_chunks",
             self.fit.chunk_tokens * self.fit.max_chunks,
             f"at least pretrain.sequence_length = {length}, or the encoder would not see whole samples",

@@ -11,6 +11,7 @@ from mates.engine.data.blocks import block_sizes
 from mates.engine.data.corpus import sample_count
 from mates.engine.evaluate.stage import evaluation_flops
 from mates.engine.flops import BERT_BASE, EncoderShape, decoder_training
+from mates.engine.influence.ngrams import ngram_flops, ridge_flops
 from mates.engine.layout import layout_of
 from mates.engine.pretrain.model import padded_vocabulary
 from mates.engine.pretrain.shapes import ModelShape, resolve_shape
@@ -136,18 +137,32 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     config, length = recipe.pretrain, recipe.pretrain.sequence_length
     per_stage = decoder_training(shape, rows, tokens=config.steps_per_stage * config.tokens_per_step, length=length)
     chosen = [stage for stage in range(config.stages) if needs_scores(method, stage)]
-    read = min(length, recipe.fit.chunk_tokens * recipe.fit.max_chunks)
-    encoder, chunk = encoder_shape(recipe.fit), min(read, recipe.fit.chunk_tokens)
-    train_share = 1 - recipe.fit.test_share - recipe.fit.validation_share
-    passes = recipe.fit.epochs * (3 * train_share + recipe.fit.validation_share) + 1
+    candidates = sum(block_sizes(recipe)[stage] for stage in chosen)
+    fit, score = (_ngram_flops if recipe.fit.model == "ngram" else _encoder_flops)(recipe, candidates)
     test = _reference(recipe, "test", recipe.reference.test_items)
     return {
         "pretrain": config.stages * per_stage,
         "probe": len(chosen) * probe_flops(recipe, vocab, _probed_references(recipe), recipe.probe.samples),
-        "fit": len(chosen) * encoder.forward(tokens=passes * recipe.probe.samples * read, length=chunk),
-        "score": sum(encoder.forward(tokens=block_sizes(recipe)[stage] * read, length=chunk) for stage in chosen),
+        "fit": len(chosen) * fit,
+        "score": score,
         "evaluate": config.stages * evaluation_flops(recipe, vocab, recipe.evaluate.holdout_samples, test),
     }
+
+
+def _encoder_flops(recipe: Recipe, candidates: int) -> tuple[float, float]:
+    """Of fitting an encoder once, and of scoring so many samples with it."""
+    fit = recipe.fit
+    read = min(recipe.pretrain.sequence_length, fit.chunk_tokens * fit.max_chunks)
+    encoder, chunk = encoder_shape(fit), min(read, fit.chunk_tokens)
+    passes = fit.epochs * (3 * (1 - fit.test_share - fit.validation_share) + fit.validation_share) + 1
+    return encoder.forward(tokens=passes * recipe.probe.samples * read, length=chunk), encoder.forward(
+        tokens=candidates * read, length=chunk
+    )
+
+
+def _ngram_flops(recipe: Recipe, candidates: int) -> tuple[float, float]:
+    length, train_share = recipe.pretrain.sequence_length, 1 - recipe.fit.test_share - recipe.fit.validation_share
+    return ridge_flops(int(train_share * recipe.probe.samples), length), ngram_flops(candidates, length)
 
 
 def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int) -> dict[str, float]:

@@ -178,6 +178,9 @@ def recipe_rows(recipe: Recipe, ledger: Ledger) -> list[tuple[str, str, dict[str
     """The recipe in short: what, in words, and the fingerprints of the artifacts it led to."""
     fit, probe, select, evaluate = recipe.fit, recipe.probe, recipe.select, recipe.evaluate
     encoder = fit.encoder or f"BERT from scratch, width {fit.hidden_size}, {fit.layers} layers"
+    influence_model = (
+        "ridge regression on hashed n-grams" if fit.model == "ngram" else f"{encoder}; {fit.epochs} epochs, learning rate {fit.lr:g}"
+    )
     items = f"{recipe.reference.items} items to probe with, up to {recipe.reference.test_items} held out"
     rows = [
         ("Model", _model_text(recipe, ledger), None),
@@ -186,7 +189,7 @@ def recipe_rows(recipe: Recipe, ledger: Ledger) -> list[tuple[str, str, dict[str
         ("Tokenizer", _tokenizer_text(recipe), "tokenizer"),
         ("Reference", f"{recipe.reference.name}: {items}", "reference"),
         ("Probes", f"{probe.samples} samples a stage, {probe.method}, {probe.precision}", None),
-        ("Influence model", f"{encoder}; {fit.epochs} epochs, learning rate {fit.lr:g}", None),
+        ("Influence model", influence_model, None),
         ("Selection", f"ratio {select.ratio:g}, temperature {select.temperature:g} SD", None),
         (
             "Evaluation",

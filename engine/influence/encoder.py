@@ -6,16 +6,20 @@ mapped to the standardised influence.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mates.engine.config import FitConfig, require
+from mates.engine.config import FitConfig, ScoreConfig, require
 from mates.engine.flops import EncoderShape
 from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized
+from mates.engine.influence.model import Windows
 from mates.preprocess.tokenizer import Tokenizer
 
 HEAD_FILE = "head.safetensors"
@@ -51,6 +55,38 @@ class InfluenceEncoder(nn.Module):
         """Write a Hugging Face folder, and the head beside it."""
         self.encoder.save_pretrained(directory)  # type: ignore[operator]
         save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, directory / HEAD_FILE)
+
+
+@dataclass(frozen=True)
+class EncoderModel:
+    """An encoder, what it reads and where it runs: an :class:`InfluenceModel`."""
+
+    module: InfluenceEncoder
+    reader: EncoderInputs
+    fit: FitConfig
+    score: ScoreConfig
+    device: torch.device
+
+    def predict(self, windows: Windows) -> npt.NDArray[np.float32]:
+        """See :class:`InfluenceModel`. Batches form here, in the order of the samples."""
+        scores, size = [], self.score.batch_size
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.score.precision == "bf16")
+        with torch.no_grad(), autocast:
+            for start in range(0, len(windows), size):
+                batch = self.reader.batch(windows[start : start + size].astype(np.int64)).to(self.device)
+                scores.append(self.module(batch).float().cpu().numpy())
+        return np.concatenate(scores).astype(np.float32)
+
+    def forward_flops(self, samples: int, length: int) -> float:
+        """See :class:`InfluenceModel`."""
+        read = min(length, self.fit.chunk_tokens * self.fit.max_chunks)
+        return self.module.shape().forward(tokens=samples * read, length=min(read, self.fit.chunk_tokens))
+
+    def save(self, directory: Path) -> None:
+        """See :class:`InfluenceModel`."""
+        self.module.save(directory)
+        if isinstance(self.reader, Retokenized):
+            self.reader.save(directory)
 
 
 def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ from scipy import stats
 from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
-from mates.engine.influence.encoder import InfluenceEncoder, encoder_inputs, load_encoder, new_encoder
-from mates.engine.influence.inputs import EncoderBatch, EncoderInputs, Retokenized
-from mates.engine.influence.ngrams import curve_line, label_curve
+from mates.engine.influence.encoder import EncoderModel, encoder_inputs, load_encoder, new_encoder
+from mates.engine.influence.model import InfluenceModel
+from mates.engine.influence.ngrams import NgramModel, best_ridge, curve_line, label_curve, ngram_features, ridge_flops
+from mates.engine.influence.training import EncoderFit
 from mates.engine.layout import layout_of
 from mates.engine.probe.stage import label_weights, read_labels
-from mates.engine.progress import Progress, say
-from mates.engine.random import KeyedPermutation, key_of, uniform
+from mates.engine.progress import say
+from mates.engine.random import key_of, uniform
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import open_tokenizer
@@ -66,7 +65,8 @@ def agreement(predicted: npt.NDArray[np.floating[Any]], oracle: npt.NDArray[np.f
 
 def _parent(recipe: Recipe, method: str, stage: int) -> Path | None:
     """The influence model that fitting starts from."""
-    return layout_of(recipe).influence_model(method, stage - 1) if recipe.fit.warm_start and stage > 1 else None
+    starts_warm = recipe.fit.warm_start and recipe.fit.model == "encoder" and stage > 1
+    return layout_of(recipe).influence_model(method, stage - 1) if starts_warm else None
 
 
 def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -89,146 +89,91 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     if done:
         return done
     start = time.perf_counter()
-    layout, config, parent = layout_of(recipe), recipe.fit, _parent(recipe, method, stage)
+    layout, parent = layout_of(recipe), _parent(recipe, method, stage)
     ids, values, labels = read_labels(layout.labels(method, stage), label_weights(recipe))
-    tokenizer, _ = open_tokenizer(layout.tokenizer)
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
-    reader = encoder_inputs(config, tokenizer, tokenizer.vocab_size)
-    torch.manual_seed(key_of(recipe.seed, "fit", stage)[0])
-    model = (load_encoder(parent) if parent else new_encoder(config, reader.vocab_size)).to(world.device)
-    run = _Fit(
-        config,
-        model,
-        reader,
-        pool.windows(ids)[:, :-1],
-        values,
-        split_labels(ids, config, recipe.seed),
-        recipe.seed,
-        stage,
-        world.device,
-    )
-    run.train(f"fit {method} stage {stage}")
-    predicted = run.predict(np.arange(len(ids)))
-    _save(request.directory, run, reader, ids, predicted)
-    curve = label_curve(run.windows, values, run.parts, recipe.seed, stage)
-    info = run.info(predicted) | {
+    found = Labels(ids, values, pool.windows(ids)[:, :-1], split_labels(ids, recipe.fit, recipe.seed))
+    label = f"fit {method} stage {stage}"
+    is_ngram = recipe.fit.model == "ngram"
+    fitted = _fit_ngrams(found) if is_ngram else _fit_encoder(recipe, world, found, stage, parent, label)
+    predicted = fitted.model.predict(found.windows)
+    _save(request.directory, fitted.model, found, predicted)
+    curve = label_curve(found.windows, values, found.parts, recipe.seed, stage)
+    info = {
+        "model": recipe.fit.model,
+        "label_mean_nats": found.mean,
+        "label_sd_nats": found.sd,
+        "labels": {name: len(rows) for name, rows in found.parts.items()},
+        "agreement": {name: agreement(predicted[rows], values[rows]) for name, rows in found.parts.items()},
+        "epochs": fitted.history,
         "label_curve": curve,
-        "encoder_shape": asdict(model.shape()),
+        "flops_per_sample": fitted.model.forward_flops(1, recipe.pretrain.sequence_length),
         "references": labels.info["references"],
         "warm_started": parent is not None,
     }
-    cost = Cost(flops=run.flops, seconds=time.perf_counter() - start, tokens=run.tokens)
+    flops = fitted.flops + fitted.model.forward_flops(*found.windows.shape)
+    cost = Cost(flops=flops, seconds=time.perf_counter() - start, tokens=fitted.tokens + found.windows.size)
     result = request.commit(info=info, cost=cost)
     shown = ", ".join(f"{name} {'undefined' if value is None else f'{value:.3f}'}" for name, value in info["agreement"]["test"].items())
-    say(f"fit {method} stage {stage}: on {info['labels']['test']} test labels {shown}; {curve_line(curve)}")
+    say(f"{label}: on {info['labels']['test']} test labels {shown}; {curve_line(curve)}")
     return result
 
 
-class _Fit:
-    """One fitting run."""
+class Labels:
+    """What an influence model is fitted to: samples [n, L], their influences [n] in nats and in SD of the training labels."""
 
     def __init__(
         self,
-        config: FitConfig,
-        model: InfluenceEncoder,
-        reader: EncoderInputs,
-        windows: npt.NDArray[np.int64],
+        ids: npt.NDArray[np.int64],
         values: npt.NDArray[np.float64],
+        windows: npt.NDArray[np.int64],
         parts: dict[str, npt.NDArray[np.int64]],
-        seed: int,
-        stage: int,
-        device: torch.device,
     ) -> None:
-        self.config, self.model, self.reader, self.windows = config, model, reader, windows
-        self.values, self.parts, self.seed, self.stage, self.device = values, parts, seed, stage, device
+        """Standardise. ArtifactError for parts that are too small, or labels that are all equal."""
         check_parts(parts)
+        self.ids, self.values, self.windows, self.parts = ids, values, windows, parts
         train = values[parts["train"]]
         self.mean, self.sd = float(train.mean()), float(train.std())
         if self.sd == 0:
             raise ArtifactError("fit: all training labels are equal; the probe found no difference between samples")
         self.targets = ((values - self.mean) / self.sd).astype(np.float32)
-        self.flops, self.tokens = 0.0, 0
-        self.history: list[dict[str, float]] = []
-
-    def _batch(self, rows: npt.NDArray[np.int64], passes: int) -> EncoderBatch:
-        batch = self.reader.batch(self.windows[rows])
-        self.flops += passes * self.model.shape().forward(tokens=batch.ids.numel(), length=batch.ids.shape[1])
-        self.tokens += batch.ids.numel()
-        return batch.to(self.device)
-
-    def train(self, label: str) -> None:
-        """Fit on the train part; keep the epoch with the lowest validation error."""
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.config.lr)
-        rows = self.parts["train"]
-        steps = -(-len(rows) // self.config.batch_size) * self.config.epochs
-        warmup = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
-        )
-        best, best_loss = copy.deepcopy(self.model.state_dict()), float("inf")
-        with Progress(label, self.config.epochs, "epoch") as progress:
-            for epoch in range(self.config.epochs):
-                self.model.train()
-                losses = []
-                for chosen in self._shuffled(rows, epoch):
-                    optimizer.zero_grad(set_to_none=True)
-                    targets = torch.from_numpy(self.targets[chosen]).to(self.device)
-                    loss = torch.nn.functional.mse_loss(self.model(self._batch(chosen, passes=3)), targets)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                    optimizer.step()
-                    schedule.step()
-                    losses.append(loss.item())
-                validation = self._error("validation")
-                self.history.append({"train_mse": float(np.mean(losses)), "validation_mse": validation})
-                if validation < best_loss:
-                    best, best_loss = copy.deepcopy(self.model.state_dict()), validation
-                progress.add(1, f"validation error {validation:.3f} SD²")
-        self.model.load_state_dict(best)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
-        return [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-
-    def _shuffled(self, rows: npt.NDArray[np.int64], epoch: int) -> Iterator[npt.NDArray[np.int64]]:
-        order = rows[KeyedPermutation(len(rows), self.seed, f"fit-epoch-{epoch}", self.stage)(np.arange(len(rows)))]
-        for start in range(0, len(order), self.config.batch_size):
-            yield order[start : start + self.config.batch_size]
-
-    def predict(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Predictions in label SD: [n] float32."""
-        self.model.eval()
-        with torch.no_grad():
-            parts = [self.model(self._batch(rows[start : start + 64], passes=1)).cpu().numpy() for start in range(0, len(rows), 64)]
-        return np.concatenate(parts).astype(np.float32)
-
-    def _error(self, part: str) -> float:
-        rows = self.parts[part]
-        return float(np.mean((self.predict(rows) - self.targets[rows]) ** 2))
-
-    def info(self, predicted: npt.NDArray[np.float32]) -> dict[str, Any]:
-        """Figures for the manifest."""
-        return {
-            "label_mean_nats": self.mean,
-            "label_sd_nats": self.sd,
-            "labels": {name: len(rows) for name, rows in self.parts.items()},
-            "agreement": {name: agreement(predicted[rows], self.values[rows]) for name, rows in self.parts.items()},
-            "epochs": self.history,
-        }
 
 
-def _save(target: Path, run: _Fit, reader: EncoderInputs, ids: npt.NDArray[np.int64], predicted: npt.NDArray[np.float32]) -> None:
+@dataclass(frozen=True)
+class Fitted:
+    """An influence model, what fitting took, and the errors of its epochs."""
+
+    model: InfluenceModel
+    flops: float
+    tokens: int
+    history: list[dict[str, float]]
+
+
+def _fit_ngrams(labels: Labels) -> Fitted:
+    features, targets = ngram_features(labels.windows), labels.targets.astype(np.float64)
+    train = labels.parts["train"]
+    ridge = best_ridge(features, targets, train, labels.parts["validation"])
+    length = labels.windows.shape[1]
+    return Fitted(NgramModel(ridge), ridge_flops(len(train), length), len(train) * length, [])
+
+
+def _fit_encoder(recipe: Recipe, world: World, labels: Labels, stage: int, parent: Path | None, label: str) -> Fitted:
+    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
+    reader = encoder_inputs(recipe.fit, tokenizer, tokenizer.vocab_size)
+    torch.manual_seed(key_of(recipe.seed, "fit", stage)[0])
+    module = (load_encoder(parent) if parent else new_encoder(recipe.fit, reader.vocab_size)).to(world.device)
+    model = EncoderModel(module, reader, recipe.fit, recipe.score, world.device)
+    run = EncoderFit(recipe.fit, model, labels.windows, labels.targets, labels.parts, seed=recipe.seed, stage=stage)
+    run.train(label)
+    return Fitted(model, run.flops, run.tokens, run.history)
+
+
+def _save(target: Path, model: InfluenceModel, labels: Labels, predicted: npt.NDArray[np.float32]) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    run.model.save(target)
-    if isinstance(reader, Retokenized):
-        reader.save(target)
-    part = np.empty(len(ids), object)
-    for name, rows in run.parts.items():
+    model.save(target)
+    part = np.empty(len(labels.ids), object)
+    for name, rows in labels.parts.items():
         part[rows] = name
-    table = pa.table({"sample_id": ids, "part": part.tolist(), "oracle_nats": run.values, "predicted_sd": predicted})
+    table = pa.table({"sample_id": labels.ids, "part": part.tolist(), "oracle_nats": labels.values, "predicted_sd": predicted})
     with artifact.atomic_file(target / PREDICTIONS_FILE) as handle:
         pq.write_table(table, handle)

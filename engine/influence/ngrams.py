@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.linalg import lsmr
 
+from mates.engine.data.index import load_array
+from mates.engine.influence.model import Windows
 from mates.engine.probe.fidelity import pearson, spearman
 from mates.engine.random import KeyedPermutation
+from mates.preprocess.artifact import ArtifactError, write_array
 
 BUCKETS = 1 << 18
 PENALTIES = (0.1, 1.0, 10.0)
 ITERATIONS = 50
+BLOCK = 512  # samples whose features are held at a time
+WEIGHTS_FILE = "ngrams.npy"
 CURVE = (8, 4, 2, 1)  # which part of the training labels each point has: one in so many
 CURVE_LABELS = 16_384  # features of more would take gigabytes; whoever has so many labels does not lack them
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
@@ -29,7 +34,7 @@ Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 
-def ngram_features(windows: npt.NDArray[np.integer[Any]]) -> sparse.csr_array:
+def ngram_features(windows: Windows) -> sparse.csr_array:
     """Hashed uni- and bigrams of samples.
 
     Args:
@@ -82,9 +87,45 @@ def best_ridge(features: sparse.csr_array, values: Floats, train: Rows, validati
     return min(models, key=lambda model: float(np.mean((model.predict(features[validation]) - values[validation]) ** 2)))
 
 
-def label_curve(
-    windows: npt.NDArray[np.integer[Any]], values: Floats, parts: Mapping[str, Rows], seed: int, stage: int
-) -> list[dict[str, float | None]]:
+@dataclass(frozen=True)
+class NgramModel:
+    """Ridge regression on hashed n-grams: an :class:`InfluenceModel`."""
+
+    ridge: NgramRidge
+
+    def predict(self, windows: Windows) -> npt.NDArray[np.float32]:
+        """See :class:`InfluenceModel`."""
+        parts = [windows[start : start + BLOCK] for start in range(0, len(windows), BLOCK)]
+        return np.concatenate([self.ridge.predict(ngram_features(part)).astype(np.float32) for part in parts])
+
+    def forward_flops(self, samples: int, length: int) -> float:
+        """See :class:`InfluenceModel`."""
+        return ngram_flops(samples, length)
+
+    def save(self, directory: Path) -> None:
+        """See :class:`InfluenceModel`."""
+        write_array(directory / WEIGHTS_FILE, np.append(self.ridge.weights, self.ridge.bias))
+
+    @classmethod
+    def load(cls, directory: Path) -> NgramModel:
+        """What :meth:`save` wrote. ArtifactError where it is something else."""
+        values = np.array(load_array(directory / WEIGHTS_FILE, np.dtype(np.float64), 1))
+        if len(values) != BUCKETS + 1:
+            raise ArtifactError(f"{directory / WEIGHTS_FILE}: {len(values)} weights, expected {BUCKETS + 1}; fit the model again")
+        return cls(NgramRidge(values[:-1], float(values[-1])))
+
+
+def ngram_flops(samples: int, length: int) -> float:
+    """FLOPs of predicting samples of ``length`` tokens: a multiply-add for each n-gram."""
+    return 2.0 * samples * (2 * length - 1)
+
+
+def ridge_flops(labels: int, length: int) -> float:
+    """FLOPs of :func:`best_ridge`: two products with the features an iteration, of every penalty."""
+    return 2 * len(PENALTIES) * ITERATIONS * ngram_flops(labels, length)
+
+
+def label_curve(windows: Windows, values: Floats, parts: Mapping[str, Rows], seed: int, stage: int) -> list[dict[str, float | None]]:
     """What an n-gram model learns from an eighth, a quarter, half and all of the training labels.
 
     Args:

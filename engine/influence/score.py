@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mates.engine.chunks import discard_plan, run_chunks
-from mates.engine.config import Recipe, ScoreConfig
+from mates.engine.config import Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import load_array
 from mates.engine.distributed import World
-from mates.engine.flops import EncoderShape
-from mates.engine.influence.encoder import InfluenceEncoder, encoder_inputs, load_encoder
-from mates.engine.influence.inputs import EncoderInputs
+from mates.engine.influence.model import open_model
 from mates.engine.layout import layout_of
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
@@ -57,13 +54,12 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     corpus = open_corpus(layout.corpus("train"), recipe.pretrain.sequence_length)
     blocks = make_blocks(recipe, corpus.samples)
     tokenizer, _ = open_tokenizer(layout.tokenizer)
-    reader = encoder_inputs(recipe.fit, tokenizer, tokenizer.vocab_size, model_dir)
-    model = load_encoder(model_dir).to(world.device).eval()
+    model = open_model(model_dir, recipe, tokenizer, world.device)
     count, size = blocks.size(stage), recipe.score.chunk_size
 
     def make(number: int, path: Path) -> None:
         ids = blocks.candidates(stage, number * size, (number + 1) * size)
-        scores = score_samples(model, reader, corpus.windows(ids)[:, :-1], recipe.score, world.device)
+        scores = model.predict(corpus.stored(ids)[:, :-1])
         with artifact.atomic_file(path) as handle:
             np.save(handle, scores[:, None], allow_pickle=False)
 
@@ -78,10 +74,8 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         label=f"score {method} stage {stage}",
         started=started,
     )
-    shape = EncoderShape(**model_manifest.info["encoder_shape"])
-    read = min(recipe.pretrain.sequence_length, recipe.fit.chunk_tokens * recipe.fit.max_chunks)
-    tokens = count * read
-    cost = Cost(flops=shape.forward(tokens=tokens, length=min(read, recipe.fit.chunk_tokens)), seconds=seconds, tokens=tokens)
+    length = recipe.pretrain.sequence_length
+    cost = Cost(flops=model.forward_flops(count, length), seconds=seconds, tokens=count * length)
 
     def commit() -> Manifest:
         scores = _read_shards(target, chunks)
@@ -105,22 +99,6 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
 def shard_name(number: int) -> str:
     """File name of a score shard."""
     return f"scores-{number:06d}.npy"
-
-
-def score_samples(
-    model: InfluenceEncoder,
-    reader: EncoderInputs,
-    samples: npt.NDArray[np.int64],
-    config: ScoreConfig,
-    device: torch.device,
-) -> npt.NDArray[np.float32]:
-    """Scores of samples [n, L], in label SD: [n] float32. Batches form here, inside a chunk, so ranks change nothing."""
-    scores = []
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
-    with torch.no_grad(), autocast:
-        for start in range(0, len(samples), config.batch_size):
-            scores.append(model(reader.batch(samples[start : start + config.batch_size]).to(device)).float().cpu().numpy())
-    return np.concatenate(scores).astype(np.float32)
 
 
 def _read_shards(directory: Path, chunks: int) -> npt.NDArray[np.float32]:

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from mates.engine.config import FitConfig, ScoreConfig
-from mates.engine.influence.encoder import InfluenceEncoder, load_encoder, new_encoder
+from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, load_encoder, new_encoder
 from mates.engine.influence.fit import agreement, split_labels
 from mates.engine.influence.inputs import CorpusIds, Retokenized, chunk
-from mates.engine.influence.score import score_samples
 from mates.preprocess.tokenizer import open_tokenizer
 
 CONFIG = FitConfig(hidden_size=32, layers=2, heads=4, chunk_tokens=16, max_chunks=2)
@@ -60,7 +59,8 @@ def test_save_and_load_keep_every_bit(model: InfluenceEncoder, tmp_path: Path) -
 def test_scores_do_not_depend_on_the_batch(model: InfluenceEncoder) -> None:
     reader = CorpusIds(CONFIG, 100)
     samples = np.random.default_rng(1).integers(0, 100, (50, 32))
-    scores = [score_samples(model, reader, samples, ScoreConfig(batch_size=size), torch.device("cpu")) for size in (1, 7, 50)]
+    models = [EncoderModel(model, reader, CONFIG, ScoreConfig(batch_size=size), torch.device("cpu")) for size in (1, 7, 50)]
+    scores = [one.predict(samples) for one in models]
     assert all(np.abs(scores[0] - other).max() <= 1e-5 for other in scores[1:])
     assert scores[0].dtype == np.float32
 
@@ -83,7 +83,9 @@ def test_an_encoder_with_its_own_tokenizer(bpe_dir: Path, texts: list[str], tmp_
     last = batch.ids[-1][batch.mask[-1]][-1].item()
     assert last == sep or int(batch.mask.sum()) == config.chunk_tokens * config.max_chunks
     assert {int(value) for value in batch.ids[batch.mask]} - {unknown, cls, sep} <= set(range(5, 5 + len(words)))
-    score = score_samples(new_encoder(config, reader.vocab_size).eval(), reader, ids[None], ScoreConfig(), torch.device("cpu"))
+    score = EncoderModel(new_encoder(config, reader.vocab_size).eval(), reader, config, ScoreConfig(), torch.device("cpu")).predict(
+        ids[None]
+    )
     assert score.shape == (1,)
     assert np.isfinite(score).all()
 
