@@ -11,7 +11,7 @@ import numpy as np
 
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import INDEX_FILE, load_array
-from mates.engine.influence.score import read_scores
+from mates.engine.influence.score import open_scores
 from mates.engine.pretrain.checkpoint import read_losses
 from mates.engine.probe.stage import read_labels
 from mates.engine.reference.task import open_reference
@@ -103,8 +103,9 @@ def _contents(directory: Path, manifest: Manifest) -> Iterator[str]:
             quartiles = ", ".join(f"{value:+.2e}" for value in np.percentile(values, [25, 50, 75]))
             yield f"{name}: {len(values)} influences, quartiles {quartiles} nats"
     elif manifest.kind == "scores":
-        scores, _ = read_scores(directory, manifest.inputs["corpus"])
-        yield f"{scores.shape[0]:,} candidates x {scores.shape[1]} references, all finite"
+        scores = open_scores(directory, manifest.inputs["corpus"])
+        first = scores.read(0, min(scores.samples, 1 << 20))
+        yield f"{scores.samples:,} candidates x {first.shape[1]} references; of the first {len(first):,} all finite"
     elif manifest.kind == "selection index":
         ids = load_array(directory / INDEX_FILE, np.dtype(np.int64), 1)
         yield f"{len(ids):,} sample ids, first {ids[:5].tolist()}; {len(np.unique(ids)):,} different"

@@ -11,6 +11,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+MANY = 1 << 16  # from so many numbers on, loading compiled code pays
+
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 
@@ -53,6 +55,10 @@ def key_of(seed: int, purpose: str, stage: int = 0) -> tuple[int, int]:
 def bits(ids: npt.NDArray[np.integer], seed: int, purpose: str, stage: int = 0) -> U64:
     """64 random bits for each id: [n] → [n] uint64."""
     wide = np.asarray(ids).astype(np.uint64)
+    if len(wide) >= MANY:
+        from mates.engine import random_compiled
+
+        return np.asarray(random_compiled.bits(wide, *map(np.uint64, key_of(seed, purpose, stage))))
     counters = np.zeros((len(wide), 4), np.uint64)
     counters[:, 0], counters[:, 1] = wide & _LOW, wide >> _SHIFT
     words = philox4x32(counters, key_of(seed, purpose, stage)).astype(np.uint64)
@@ -91,6 +97,12 @@ class KeyedPermutation:
         values = np.asarray(positions).astype(np.int64)
         if len(values) and (int(values.min()) < 0 or int(values.max()) >= self.n):
             raise IndexError(f"positions {int(values.min())} to {int(values.max())} of a permutation of {self.n}")
+        if len(values) >= MANY:
+            from mates.engine import random_compiled
+
+            n, half = np.uint64(self.n), np.uint64(self._half_bits)
+            found = random_compiled.permute(values.astype(np.uint64), n, half, *map(np.uint64, self._key))
+            return np.asarray(found).astype(np.int64)
         result = self._encrypt(values.astype(np.uint64))
         outside = np.flatnonzero(result >= np.uint64(self.n))
         while len(outside):

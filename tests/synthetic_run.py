@@ -187,4 +187,4 @@ def _score(recipe: Recipe, request: Request, method: str, stage: int) -> dict[st
     low, high = request.settings["candidates"]
     scores = np.random.default_rng(200 + stage).normal(0, 0.7, (high - low, 1)).astype(np.float32)
     np.save(request.directory / shard_name(0), scores)
-    return {"samples": high - low, "references": [REFERENCE]}
+    return {"samples": high - low, "references": [REFERENCE], "mean_sd": scores.mean(0).tolist()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
+from mates.preprocess.artifact import ArtifactError, Manifest
 
 INDEX_FILE = "index.npy"
 
@@ -24,11 +24,15 @@ class SelectionIndex:
     ids: npt.NDArray[np.int64]
 
 
-def write_index(request: Request, ids: npt.NDArray[np.int64], *, info: Mapping[str, Any], cost: Cost) -> Manifest:
-    """Write the artifact."""
-    with artifact.atomic_file(request.directory / INDEX_FILE) as handle:
-        np.save(handle, np.ascontiguousarray(ids, np.int64), allow_pickle=False)
-    return request.commit(info=info, cost=cost, files=[INDEX_FILE])
+def write_ids(directory: Path, pieces: Iterable[npt.NDArray[np.int64]], count: int) -> None:
+    """Write the file of an index' ids, in training order, from pieces that hold ``count`` together."""
+    with artifact.atomic_file(directory / INDEX_FILE) as handle:
+        np.lib.format.write_array_header_1_0(handle, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
+        written = 0
+        for piece in pieces:
+            handle.write(np.ascontiguousarray(piece, "<i8").data)
+            written += len(piece)
+        assert written == count, f"{written} ids, {count} were announced"
 
 
 def read_index(directory: Path, corpus_fingerprint: str) -> SelectionIndex:

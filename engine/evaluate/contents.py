@@ -17,7 +17,7 @@ from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
 from mates.engine.influence.fit import PREDICTIONS_FILE
-from mates.engine.influence.score import read_scores
+from mates.engine.influence.score import open_scores
 from mates.engine.layout import SHARED, layout_of
 from mates.engine.ledger import Ledger, cumulative_flops
 from mates.engine.pretrain import checkpoint
@@ -33,6 +33,8 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not allowed in 
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
+
+SHOWN = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Scores in SD of the labels: all candidates [n] and the selected ones [k]."""
+    """Scores in SD of the labels: of candidates [n], at most a million of them, and of the selected ones among these [k]."""
 
     candidates: Floats
     selected: Floats
@@ -196,10 +198,12 @@ def _fit(recipe: Recipe, method: str, stage: int) -> Fit:
 def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
     layout = layout_of(recipe)
     corpus = open_corpus(layout.corpus("train"), recipe.pretrain.sequence_length)
-    scores = read_scores(layout.scores(method, stage), corpus.fingerprint)[0].mean(1, dtype=np.float64)
-    candidates = make_blocks(recipe, corpus.samples).candidates(stage)
-    chosen = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
-    return Selection(candidates=scores, selected=scores[np.isin(candidates, chosen)])
+    scores = open_scores(layout.scores(method, stage), corpus.fingerprint)
+    shown = min(scores.samples, SHOWN)  # candidates are in random order, and an index is in theirs: a part is a fair sample
+    means = scores.read(0, shown).mean(1, dtype=np.float64)
+    candidates = make_blocks(recipe, corpus.samples).candidates(stage, 0, shown)
+    chosen = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids[:shown])
+    return Selection(candidates=means, selected=means[np.isin(candidates, chosen)])
 
 
 # --- examples ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,18 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     cost = Cost(flops=model.forward_flops(count, length), seconds=seconds, tokens=count * length)
 
     def commit() -> Manifest:
-        scores = _read_shards(target, chunks)
+        sums, squares = np.zeros(1), np.zeros(1)
+        for number in range(chunks):
+            shard = read_shard(target, number, (min(size, count - number * size), 1)).astype(np.float64)
+            sums, squares = sums + shard.sum(0), squares + (shard**2).sum(0)
+        means = sums / count
         info: dict[str, Any] = {
-            "samples": len(scores),
+            "samples": count,
             "references": model_manifest.info["references"],
-            "mean_sd": scores.mean(0, dtype=np.float64).tolist(),
-            "sd_sd": scores.std(0, dtype=np.float64).tolist(),
+            "mean_sd": means.tolist(),
+            "sd_sd": np.sqrt(np.maximum(squares / count - means**2, 0)).tolist(),
         }
-        if len(scores) != count:
-            raise ArtifactError(f"{target}: the shards hold {len(scores)} scores for {count} candidates; remove the folder and score again")
-        names = [shard_name(number) for number in range(chunks)]
-        manifest = request.commit(info=info, cost=cost, files=names)
+        manifest = request.commit(info=info, cost=cost, files=[shard_name(number) for number in range(chunks)])
         discard_plan(target)
         return manifest
 
@@ -101,29 +102,55 @@ def shard_name(number: int) -> str:
     return f"scores-{number:06d}.npy"
 
 
-def _read_shards(directory: Path, chunks: int) -> npt.NDArray[np.float32]:
-    shards = [load_array(directory / shard_name(number), np.dtype(np.float32), 2) for number in range(chunks)]
-    scores = np.concatenate(shards)
-    bad = np.flatnonzero(~np.isfinite(scores).all(1))
-    if len(bad):
-        raise ArtifactError(
-            f"{directory}: {len(bad)} scores are not finite, the first at candidate {bad[0]}; the influence model is broken"
-        )
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a stage's candidates, in the order of its block; files are opened as they are read."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def samples(self) -> int:
+        """Candidates."""
+        return int(self.manifest.info["samples"])
+
+    def read(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
+        """Scores of candidates start … stop in label SD: [m, R] float32.
+
+        Raises:
+            ArtifactError: a file is damaged, of another shape, or holds what is not finite.
+        """
+        stop, size = self.samples if stop is None else stop, int(self.manifest.settings["chunk_size"])
+        columns = len(self.manifest.info["mean_sd"])
+        parts = []
+        for number in range(start // size, -(-stop // size)):
+            first, expected = number * size, min(size, self.samples - number * size)
+            shard = read_shard(self.directory, number, (expected, columns))
+            parts.append(shard[max(start - first, 0) : stop - first])
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+
+def read_shard(directory: Path, number: int, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """One file of scores [n, R]. ArtifactError where it is damaged, of another shape, or holds what is not finite."""
+    path = directory / shard_name(number)
+    scores = load_array(path, np.dtype(np.float32), 2)
+    if scores.shape != shape:
+        raise ArtifactError(f"{path}: scores of shape {scores.shape}, expected {shape}; remove {directory} and score again")
+    if not np.isfinite(scores).all():
+        row = int(np.flatnonzero(~np.isfinite(scores).all(1))[0])
+        raise ArtifactError(f"{path}: the score in row {row} is {scores[row].tolist()}; the influence model is broken")
     return scores
 
 
-def read_scores(directory: Path, corpus_fingerprint: str) -> tuple[npt.NDArray[np.float32], Manifest]:
-    """All scores of a stage [n, R] float32, in the order of its block.
+def open_scores(directory: Path, corpus_fingerprint: str) -> Scores:
+    """The scores of a stage.
 
     Raises:
-        ArtifactError: damaged, not finite, too few, or made for another corpus.
+        ArtifactError: incomplete, of other sizes than the manifest says, or made for another corpus.
     """
     manifest = artifact.load(directory, "scores")
     if manifest.inputs["corpus"] != corpus_fingerprint:
         raise ArtifactError(
             f"{directory}: scores of corpus {manifest.inputs['corpus'][:12]}, but the train corpus is {corpus_fingerprint[:12]}"
         )
-    scores = _read_shards(directory, len(manifest.files))
-    if len(scores) != manifest.info["samples"]:
-        raise ArtifactError(f"{directory}: {len(scores)} scores in the shards, {manifest.info['samples']} in the manifest")
-    return scores, manifest
+    return Scores(directory, manifest)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from mates.engine.config import Recipe
-from mates.engine.data.blocks import make_blocks
+from mates.engine.data.blocks import Blocks, make_blocks
 from mates.engine.data.corpus import open_corpus
-from mates.engine.data.index import write_index
-from mates.engine.influence.score import read_scores
+from mates.engine.data.index import INDEX_FILE, write_ids
+from mates.engine.influence.score import Scores, open_scores
 from mates.engine.layout import SHARED, layout_of
 from mates.engine.progress import say
-from mates.engine.select.choose import Ids, gumbel_top_k, in_training_order, top_k
+from mates.engine.select.choose import PIECE, Cut, Floats, Ids, find_cut, gumbel_keys
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Cost, Manifest, Request
 
@@ -55,7 +56,7 @@ def select_stage(recipe: Recipe, method: str, stage: int) -> Manifest:
     """Write the selection index of a stage.
 
     ``random`` takes a uniform sample of the block (a prefix of it, the block being in keyed random order); ``mates`` is
-    Gumbel-top-k and ``mates-topk`` plain top-k on the scores. The chosen ids are put in a keyed random order.
+    Gumbel-top-k and ``mates-topk`` plain top-k on the scores. The chosen ids stay in the order of the block, which is a keyed random one.
     """
     request = select_request(recipe, method, stage)
     done = request.find()
@@ -65,24 +66,55 @@ def select_stage(recipe: Recipe, method: str, stage: int) -> Manifest:
     layout = layout_of(recipe)
     corpus = open_corpus(layout.corpus("train"), recipe.pretrain.sequence_length)
     blocks = make_blocks(recipe, corpus.samples)
-    k, rule = request.settings["samples"], rule_of(method, stage)
-    info: dict[str, Any] = {"ratio": k / blocks.size(stage)}
+    k, rule, n = request.settings["samples"], rule_of(method, stage), blocks.size(stage)
+    info: dict[str, Any] = {"ratio": k / n}
+    request.directory.mkdir(parents=True, exist_ok=True)
     if rule == "random":
-        chosen: Ids = blocks.candidates(stage, 0, k)
+        pieces = (blocks.candidates(stage, first, min(first + PIECE, k)) for first in range(0, k, PIECE))
+        write_ids(request.directory, pieces, k)
     else:
-        scores, _ = read_scores(layout.scores(method, stage), corpus.fingerprint)
-        candidates = blocks.candidates(stage)
-        score = scores.mean(1, dtype=np.float64)
-        if rule == "mates":
-            chosen = gumbel_top_k(score, candidates, k, temperature=recipe.select.temperature, seed=recipe.seed, stage=stage)
-        else:
-            chosen = top_k(-score, candidates, k)
-        picked = np.isin(candidates, chosen)
-        info |= {"mean_score_selected": float(score[picked].mean()), "mean_score_candidates": float(score.mean())}
+        scored = _Scored(recipe, blocks, open_scores(layout.scores(method, stage), corpus.fingerprint), rule, stage)
+        cut = find_cut(scored.keys, n, k)
+        write_ids(request.directory, scored.take(cut, n), k)
+        selected, candidates = scored.selected / k, scored.candidates / n
+        info |= {"mean_score_selected": selected, "mean_score_candidates": candidates}
         say(
-            f"select {method} stage {stage}: mean score {score[picked].mean():+.3f} SD of {k:,} selected, "
-            f"{score.mean():+.3f} of {len(score):,} candidates (lower is better)"
+            f"select {method} stage {stage}: mean score {selected:+.3f} SD of {k:,} selected, "
+            f"{candidates:+.3f} of {n:,} candidates (lower is better)"
         )
-    ordered = in_training_order(chosen, seed=recipe.seed, stage=stage)
-    cost = Cost(seconds=time.perf_counter() - start, tokens=0)
-    return write_index(request, ordered, info=info, cost=cost)
+    return request.commit(info=info, cost=Cost(seconds=time.perf_counter() - start), files=[INDEX_FILE])
+
+
+class _Scored:
+    """The candidates of a stage with their scores."""
+
+    def __init__(self, recipe: Recipe, blocks: Blocks, scores: Scores, rule: str, stage: int) -> None:
+        self._recipe, self._blocks, self._scores, self._rule, self._stage = recipe, blocks, scores, rule, stage
+        self.selected, self.candidates = 0.0, 0.0
+        """Sums of scores."""
+
+    def keys(self, start: int, stop: int) -> tuple[Floats, Ids]:
+        """See :data:`Piece`."""
+        return self._keys(self._means(start, stop), start, stop)
+
+    def _means(self, start: int, stop: int) -> Floats:
+        means: Floats = self._scores.read(start, stop).mean(1, dtype=np.float64)
+        return means
+
+    def _keys(self, means: Floats, start: int, stop: int) -> tuple[Floats, Ids]:
+        ids = self._blocks.candidates(self._stage, start, stop)
+        if self._rule == "mates-topk":
+            return -means, ids
+        temperature = self._recipe.select.temperature
+        return gumbel_keys(means, ids, temperature=temperature, seed=self._recipe.seed, stage=self._stage), ids
+
+    def take(self, cut: Cut, n: int) -> Iterator[Ids]:
+        """The chosen ids in the order of the block, adding up scores."""
+        for start in range(0, n, PIECE):
+            stop = min(start + PIECE, n)
+            means = self._means(start, stop)
+            keys, ids = self._keys(means, start, stop)
+            chosen = cut.chosen(keys, ids)
+            self.selected += float(means[chosen].sum())
+            self.candidates += float(means.sum())
+            yield ids[chosen]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from mates.engine import random as keyed
 from mates.engine.random import KeyedPermutation, bits, gumbel, key_of, philox4x32, uniform
 
 word = st.integers(0, 2**32 - 1)
@@ -251,3 +252,26 @@ def test_positions_outside_are_index_errors(positions: list[int]) -> None:
 def test_a_permutation_of_nothing_is_an_error(n: int) -> None:
     with pytest.raises(ValueError, match=f"a permutation of {n} elements"):
         KeyedPermutation(n, 0, "test")
+
+
+# --- compiled code -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 3, 12_345, 2**20, 10**9, 2**40 + 7, 2**62 + 5])
+def test_compiled_code_gives_the_same_permutation(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = np.random.default_rng(0).integers(0, n, 5_000)
+    permutation = KeyedPermutation(n, 1, "purpose", 2)
+    expected = permutation(positions)
+    monkeypatch.setattr(keyed, "MANY", 1)
+    assert permutation(positions).tolist() == expected.tolist()
+    assert permutation(positions).dtype == np.int64
+    with pytest.raises(IndexError):
+        permutation(np.array([n]))
+
+
+def test_compiled_code_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.concatenate([np.arange(100), np.random.default_rng(0).integers(0, 2**63 - 1, 5_000)])
+    expected = bits(ids, 7, "purpose", 3), gumbel(ids, 7, "purpose", 3)
+    monkeypatch.setattr(keyed, "MANY", 1)
+    assert bits(ids, 7, "purpose", 3).tolist() == expected[0].tolist()
+    assert gumbel(ids, 7, "purpose", 3).tolist() == expected[1].tolist()

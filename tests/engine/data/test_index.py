@@ -15,11 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mates.engine.data.index import load_array, read_index, write_index
+from mates.engine.data.index import INDEX_FILE, load_array, read_index, write_ids
 from mates.preprocess import artifact
-from mates.preprocess.artifact import ArtifactError, Cost, Request
+from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 
 INT64 = np.dtype(np.int64)
+
+
+def write_index(request: Request, ids: npt.NDArray[np.int64], *, info: dict[str, Any], cost: Cost) -> Manifest:
+    write_ids(request.directory, [ids[: len(ids) // 3], ids[len(ids) // 3 :]], len(ids))
+    return request.commit(info=info, cost=cost, files=[INDEX_FILE])
 
 
 def request_at(directory: Path) -> Request:

@@ -17,7 +17,7 @@ from mates.engine.distributed import World
 from mates.engine.influence.fit import PREDICTIONS_FILE, fit_stage
 from mates.engine.influence.model import open_model
 from mates.engine.influence.ngrams import WEIGHTS_FILE, best_ridge, ngram_features
-from mates.engine.influence.score import read_scores, score_stage
+from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
 from mates.engine.loop import Step
 from mates.engine.plan import make_plan
@@ -64,11 +64,12 @@ def test_scores_are_the_saved_models_predictions(recipe: Recipe) -> None:
     tokenizer, _ = open_tokenizer(layout.tokenizer)
     model = open_model(layout.influence_model("mates", 1), recipe, tokenizer, WORLD.device)
     ids = make_blocks(recipe, corpus.samples).candidates(1)
-    scores, manifest = read_scores(layout.scores("mates", 1), corpus.fingerprint)
+    found = open_scores(layout.scores("mates", 1), corpus.fingerprint)
+    scores = found.read()
     assert np.array_equal(scores[:, 0], model.predict(corpus.windows(ids)[:, :-1]))
     one_by_one = np.concatenate([model.predict(corpus.windows(ids[row : row + 1])[:, :-1]) for row in range(20)])
     assert np.array_equal(scores[:20, 0], one_by_one)
-    assert manifest.cost.flops == make_plan(recipe, "mates").flops["score"] / (recipe.pretrain.stages - 1)
+    assert found.manifest.cost.flops == make_plan(recipe, "mates").flops["score"] / (recipe.pretrain.stages - 1)
 
 
 def test_weights_of_another_size_are_refused(recipe: Recipe, tmp_path: Path) -> None:

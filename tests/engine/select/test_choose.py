@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,25 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mates.engine import random as keyed
-from mates.engine.select.choose import gumbel_top_k, in_training_order, top_k
+from mates.engine.select import choose
 
 SCORES = np.array([0.4, -1.0, 0.0, 1.3, -0.2, 0.7, -0.6, 0.2])
 IDS = np.array([12, 3, 40, 7, 2**40, 0, 25, 9])
 K, TEMPERATURE, DRAWS = 3, 0.8, 20_000
+
+
+def top_k(keys: npt.NDArray[np.floating[Any]], ids: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """The ids of the k largest keys, ascending."""
+    wide = keys.astype(np.float64)
+    cut = choose.find_cut(lambda start, stop: (wide[start:stop], ids[start:stop]), len(ids), k)
+    return np.sort(ids[cut.chosen(wide, ids)])
+
+
+def gumbel_top_k(
+    scores: npt.NDArray[np.floating[Any]], ids: npt.NDArray[np.int64], k: int, *, temperature: float, seed: int, stage: int
+) -> npt.NDArray[np.int64]:
+    """A sample of k ids, ascending."""
+    return top_k(choose.gumbel_keys(scores, ids, temperature=temperature, seed=seed, stage=stage), ids, k)
 
 
 def exact_probabilities() -> dict[frozenset[int], float]:
@@ -71,7 +87,7 @@ def test_noise_is_that_of_seed_stage_and_id() -> None:
         assert gumbel_top_k(SCORES, IDS, K, temperature=0.3, seed=seed, stage=stage).tolist() == expected
 
 
-@given(order=st.permutations(range(8)), seed=st.integers(0, 2**32 - 1), k=st.integers(0, 8))
+@given(order=st.permutations(range(8)), seed=st.integers(0, 2**32 - 1), k=st.integers(1, 8))
 def test_the_order_of_candidates_does_not_matter(order: list[int], seed: int, k: int) -> None:
     def chosen(scores: npt.NDArray[np.float64], ids: npt.NDArray[np.int64]) -> list[int]:
         return list(gumbel_top_k(scores, ids, k, temperature=0.5, seed=seed, stage=1).tolist())
@@ -107,12 +123,12 @@ key_values = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, 1e30, -1e30, math.inf, 
 
 
 @given(
-    pairs=st.dictionaries(st.integers(0, 2**62), key_values, max_size=30).map(lambda items: list(items.items())),
+    pairs=st.dictionaries(st.integers(0, 2**62), key_values, min_size=1, max_size=30).map(lambda items: list(items.items())),
     dtype=st.sampled_from([np.float32, np.float64]),
     data=st.data(),
 )
 def test_top_k_against_sorting(pairs: list[tuple[int, float]], dtype: type[Any], data: st.DataObject) -> None:
-    k = data.draw(st.integers(0, len(pairs)))
+    k = data.draw(st.integers(1, len(pairs)))
     ids, keys = np.array([item for item, _ in pairs], np.int64), np.array([key for _, key in pairs], dtype)
     expected = sorted(item for _, item in sorted((-key, item) for item, key in pairs)[:k])
     found = top_k(keys, ids, k)
@@ -126,7 +142,7 @@ def test_among_equal_keys_the_smaller_ids_win() -> None:
     assert top_k(np.array([1.0, 0.0, 1.0, 0.0, 1.0]), np.array([9, 2, 7, 4, 5]), 4).tolist() == [2, 5, 7, 9]
 
 
-@pytest.mark.parametrize("k", [-1, 9, 100])
+@pytest.mark.parametrize("k", [-1, 0, 9, 100])
 def test_more_than_there_are_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"{k} of 8 candidates"):
         top_k(SCORES, IDS, k)
@@ -134,29 +150,55 @@ def test_more_than_there_are_is_refused(k: int) -> None:
         gumbel_top_k(SCORES, IDS, k, temperature=1.0, seed=0, stage=0)
 
 
-# --- training order ------------------------------------------------------------------------------------------------
+# --- in pieces -----------------------------------------------------------------------------------------------------
 
 
-@given(
-    ids=st.sets(st.integers(0, 2**62), max_size=40),
-    seed=st.integers(0, 2**32 - 1),
-    stage=st.integers(0, 9),
-    data=st.data(),
-)
-def test_training_order_is_a_permutation_of_the_set(ids: set[int], seed: int, stage: int, data: st.DataObject) -> None:
-    one, other = (np.array(data.draw(st.permutations(sorted(ids))), np.int64) for _ in range(2))
-    ordered = in_training_order(one, seed=seed, stage=stage)
-    assert Counter(ordered.tolist()) == Counter(ids)
-    assert in_training_order(other, seed=seed, stage=stage).tolist() == ordered.tolist()
-    rank = dict(zip(one.tolist(), keyed.bits(one, seed, "order", stage).tolist(), strict=True))
-    assert ordered.tolist() == sorted(ids, key=lambda item: (rank[item], item))
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a few candidates were a billion."""
+    for name, value in (("SORTED", 0), ("PIECE", 7), ("DIGIT", 6)):
+        monkeypatch.setattr(choose, name, value)
 
 
-def test_training_orders_are_uniform_and_differ_between_stages() -> None:
-    ids = np.array([5, 1, 300])
-    counts = Counter(tuple(in_training_order(ids, seed=seed, stage=seed % 3).tolist()) for seed in range(3_000))
-    assert stats.chisquare([counts[order] for order in itertools.permutations([1, 5, 300])]).pvalue > 0.001
-    many = np.arange(1_000)
-    orders = [in_training_order(many, seed=seed, stage=stage) for seed, stage in ((0, 0), (0, 1), (1, 0))]
-    for one, other in itertools.combinations([many, *orders], 2):
-        assert np.count_nonzero(one == other) < 10
+@pytest.mark.parametrize("seed", range(40))
+def test_pieces_choose_as_sorting_does(in_pieces: None, seed: int) -> None:
+    source = np.random.default_rng(seed)
+    n = int(source.integers(1, 300))
+    ids = source.permutation(10 * n)[:n]
+    kinds = (source.normal(size=n), source.integers(-2, 3, n).astype(float), np.zeros(n), source.normal(size=n) * 1e-310)
+    for keys, k in itertools.product(kinds, {1, n // 2 + 1, n}):
+        expected = sorted(ids[np.lexsort((ids, -keys))[:k]].tolist())
+        assert top_k(keys, ids, k).tolist() == expected
+
+
+def test_ranks_that_count_a_part_each_find_the_same(in_pieces: None) -> None:
+    """Four ranks, one after the other: each pass adds up what they counted."""
+    source = np.random.default_rng(1)
+    keys, ids = source.normal(size=100).round(1), source.permutation(1000)[:100]
+    expected = choose.find_cut(lambda start, stop: (keys[start:stop], ids[start:stop]), 100, 31)
+    bounds = [0, 10, 55, 56, 100]
+    counted: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(4)]
+
+    def rank_cut(number: int) -> choose.Cut:
+        part = range(bounds[number], bounds[number + 1])
+        return choose.find_cut(lambda start, stop: (keys[start:stop], ids[start:stop]), 100, 31, part=part, sums=meet(number))
+
+    barrier = threading.Barrier(4)
+
+    def meet(number: int) -> Any:
+        def sums(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            counted[number].append(counts)
+            barrier.wait()
+            total: npt.NDArray[np.int64] = np.sum([own[len(counted[number]) - 1] for own in counted], axis=0)
+            return total
+
+        return sums
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(rank_cut, range(4)))
+    assert found == [expected] * 4
+
+
+def test_what_is_not_a_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a number"):
+        choose.codes_of(np.array([0.0, math.nan]))
