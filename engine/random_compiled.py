@@ -60,7 +60,20 @@ def permute(positions: U64, n: np.uint64, half_bits: np.uint64, k0: np.uint64, k
     for block in numba.prange((len(positions) + BLOCK - 1) // BLOCK):
         values = result[block * BLOCK : (block + 1) * BLOCK]
         _encrypt(values, half_bits, mask, k0, k1)
+        outside, walking = np.empty(len(values), np.int64), values.copy()
+        count = 0
         for row in range(len(values)):
-            while values[row] >= n:
-                _encrypt(values[row : row + 1], half_bits, mask, k0, k1)
+            if values[row] >= n:
+                outside[count], walking[count] = row, values[row]
+                count += 1
+        while count:
+            _encrypt(walking[:count], half_bits, mask, k0, k1)
+            left = 0
+            for place in range(count):
+                if walking[place] < n:
+                    values[outside[place]] = walking[place]
+                else:
+                    outside[left], walking[left] = outside[place], walking[place]
+                    left += 1
+            count = left
     return result
