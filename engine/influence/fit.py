@@ -18,7 +18,7 @@ from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
 from mates.engine.influence.encoder import EncoderModel, encoder_inputs, load_encoder, new_encoder
-from mates.engine.influence.model import InfluenceModel
+from mates.engine.influence.model import InfluenceModel, open_model
 from mates.engine.influence.ngrams import NgramModel, best_ridge, curve_line, label_curve, ngram_features, ridge_flops
 from mates.engine.influence.training import EncoderFit
 from mates.engine.layout import layout_of
@@ -31,6 +31,8 @@ from mates.preprocess.tokenizer import open_tokenizer
 
 PARTS = ("train", "validation", "test")
 PREDICTIONS_FILE = "predictions.parquet"
+
+Floats = npt.NDArray[np.float64]
 
 
 def split_labels(ids: npt.NDArray[np.int64], config: FitConfig, seed: int) -> dict[str, npt.NDArray[np.int64]]:
@@ -61,6 +63,25 @@ def agreement(predicted: npt.NDArray[np.floating[Any]], oracle: npt.NDArray[np.f
         "spearman": float(stats.spearmanr(predicted, oracle).statistic),
         "pearson": float(stats.pearsonr(predicted, oracle).statistic),
     }
+
+
+def selected_influence(predicted: Floats, oracle: Floats, ratio: float) -> dict[str, float]:
+    """What choosing by predictions is worth: the mean oracle influence of the share of samples with the lowest predictions, of all samples
+    (a random choice) and of the share with the lowest oracle influences (the best choice), in the unit of ``oracle``."""
+    k = max(1, round(ratio * len(oracle)))
+    return {
+        "selected": float(oracle[np.argsort(predicted, kind="stable")[:k]].mean()),
+        "random": float(oracle.mean()),
+        "oracle": float(np.sort(oracle)[:k].mean()),
+    }
+
+
+def calibration(predicted: Floats, oracle: Floats) -> dict[str, float | None]:
+    """Slope and intercept of the oracle's influences on predictions: 1 and 0 where predictions are right in size too."""
+    if len(predicted) < 3 or np.ptp(predicted) == 0:
+        return {"slope": None, "intercept": None}
+    line = stats.linregress(predicted, oracle)
+    return {"slope": float(line.slope), "intercept": float(line.intercept)}
 
 
 def _parent(recipe: Recipe, method: str, stage: int) -> Path | None:
@@ -98,6 +119,8 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     fitted = _fit_ngrams(found) if is_ngram else _fit_encoder(recipe, world, found, stage, parent, label)
     predicted = fitted.model.predict(found.windows)
     _save(request.directory, fitted.model, found, predicted)
+    test = found.parts["test"]
+    on_test = predicted[test].astype(np.float64), found.targets[test].astype(np.float64)
     curve = label_curve(found.windows, values, found.parts, recipe.seed, stage)
     info = {
         "model": recipe.fit.model,
@@ -105,6 +128,9 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
         "label_sd_nats": found.sd,
         "labels": {name: len(rows) for name, rows in found.parts.items()},
         "agreement": {name: agreement(predicted[rows], values[rows]) for name, rows in found.parts.items()},
+        "selection": {"ratio": recipe.select.ratio, **selected_influence(*on_test, recipe.select.ratio)},
+        "calibration": calibration(*on_test),
+        "drift": _drift(recipe, world, method, stage, found, predicted),
         "epochs": fitted.history,
         "label_curve": curve,
         "flops_per_sample": fitted.model.forward_flops(1, recipe.pretrain.sequence_length),
@@ -115,8 +141,25 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     cost = Cost(flops=flops, seconds=time.perf_counter() - start, tokens=fitted.tokens + found.windows.size)
     result = request.commit(info=info, cost=cost)
     shown = ", ".join(f"{name} {'undefined' if value is None else f'{value:.3f}'}" for name, value in info["agreement"]["test"].items())
-    say(f"{label}: on {info['labels']['test']} test labels {shown}; {curve_line(curve)}")
+    worth = info["selection"]
+    say(
+        f"{label}: on {len(test)} test labels {shown}; the chosen {worth['ratio']:.0%} have a mean influence of "
+        f"{worth['selected']:+.2f} SD, where chance has {worth['random']:+.2f} and the oracle {worth['oracle']:+.2f}; {curve_line(curve)}"
+    )
     return result
+
+
+def _drift(
+    recipe: Recipe, world: World, method: str, stage: int, labels: Labels, predicted: npt.NDArray[np.float32]
+) -> dict[str, float | None] | None:
+    """How the predictions for the test labels agree with those of the stage before: has the model's preference moved?"""
+    earlier = layout_of(recipe).influence_model(method, stage - 1)
+    if stage < 2 or artifact.load(earlier, "influence model").info["model"] != recipe.fit.model:
+        return None
+    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
+    rows = labels.parts["test"]
+    before = open_model(earlier, recipe, tokenizer, world.device).predict(labels.windows[rows])
+    return agreement(predicted[rows], before)
 
 
 class Labels:

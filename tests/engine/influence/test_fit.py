@@ -14,7 +14,7 @@ from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
-from mates.engine.influence.fit import PREDICTIONS_FILE, fit_stage
+from mates.engine.influence.fit import PREDICTIONS_FILE, agreement, calibration, fit_stage, selected_influence
 from mates.engine.influence.model import open_model
 from mates.engine.influence.ngrams import WEIGHTS_FILE, best_ridge, ngram_features
 from mates.engine.influence.score import open_scores, score_stage
@@ -57,6 +57,41 @@ def test_predictions_are_the_ridge_regressions(recipe: Recipe) -> None:
     assert manifest.info["label_sd_nats"] == train.std()
     assert manifest.info["flops_per_sample"] == 2 * (2 * LENGTH - 1)
     assert set(manifest.info["agreement"]) == set(rows)
+
+
+def test_what_the_choice_is_worth_by_hand() -> None:
+    oracle = np.array([3.0, -1.0, 0.0, 2.0, -4.0, 1.0, 5.0, -2.0, 6.0, 7.0])
+    predicted = np.array([0.0, -1.0, 5.0, 5.0, 5.0, 5.0, 5.0, -2.0, 5.0, 5.0])
+    assert selected_influence(predicted, oracle, 0.2) == {"selected": -1.5, "random": pytest.approx(1.7), "oracle": -3.0}
+    assert selected_influence(oracle, oracle, 0.5)["selected"] == selected_influence(predicted, oracle, 0.5)["oracle"]
+    assert calibration(oracle / 2 - 1, oracle) == {"slope": pytest.approx(2.0), "intercept": pytest.approx(2.0)}
+    assert calibration(np.ones(10), oracle) == {"slope": None, "intercept": None}
+
+
+def test_the_choice_on_test_labels_is_reported(recipe: Recipe) -> None:
+    directory = layout_of(recipe).influence_model("mates", 1)
+    info, table = artifact.load(directory).info, pq.read_table(directory / PREDICTIONS_FILE)
+    test = np.array(table["part"].to_pylist()) == "test"
+    targets = (table["oracle_nats"].to_numpy()[test] - info["label_mean_nats"]) / info["label_sd_nats"]
+    expected = selected_influence(table["predicted_sd"].to_numpy()[test].astype(np.float64), targets, 0.5)
+    assert info["selection"] == {"ratio": 0.5} | {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+    assert info["drift"] is None
+
+
+def test_drift_is_the_agreement_with_the_stage_before(recipe: Recipe) -> None:
+    for verb in ("select", "pretrain", "evaluate"):
+        build_step(recipe, Step(verb, "mates", 1))
+    build_step(recipe, Step("probe", "mates", 2))
+    manifest = fit_stage(recipe, WORLD, "mates", 2)
+    found = manifest.info["drift"]
+    assert -1 <= found["spearman"] <= 1
+    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
+    table = pq.read_table(layout_of(recipe).influence_model("mates", 2) / PREDICTIONS_FILE)
+    test = np.array(table["part"].to_pylist()) == "test"
+    pool = open_corpus(layout_of(recipe).corpus("pool"), LENGTH)
+    windows = pool.windows(table["sample_id"].to_numpy()[test])[:, :-1]
+    before = open_model(layout_of(recipe).influence_model("mates", 1), recipe, tokenizer, WORLD.device).predict(windows)
+    assert found == agreement(table["predicted_sd"].to_numpy()[test], before)
 
 
 def test_scores_are_the_saved_models_predictions(recipe: Recipe) -> None:
