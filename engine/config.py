@@ -479,13 +479,14 @@ class ScoreConfig:
 
     chunk_size: int = 2048
     """Samples in one score shard: the unit of work, of resumption and of distribution over ranks."""
-    batch_size: int = 64
-    """Samples in one forward pass; batches form inside a chunk, so scores do not depend on the number of ranks."""
+    batch_tokens: int = 32_768
+    """Tokens in one forward pass of an encoder, padding included. Samples of like lengths are read together, inside a chunk, so scores do
+    not depend on the number of ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the encoder; the head is fp32."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "batch_size"):
+        for name in ("chunk_size", "batch_tokens"):
             require(getattr(self, name) >= 1, f"score.{name}", getattr(self, name), "at least 1")
 
 

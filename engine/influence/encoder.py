@@ -18,11 +18,12 @@ from torch import nn
 
 from mates.engine.config import FitConfig, ScoreConfig, require
 from mates.engine.flops import EncoderShape
-from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized
+from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized, chunk, groups
 from mates.engine.influence.model import Windows
 from mates.preprocess.tokenizer import Tokenizer
 
 HEAD_FILE = "head.safetensors"
+BLOCK = 4096
 
 
 class InfluenceEncoder(nn.Module):
@@ -68,14 +69,16 @@ class EncoderModel:
     device: torch.device
 
     def predict(self, windows: Windows) -> npt.NDArray[np.float32]:
-        """See :class:`InfluenceModel`. Batches form here, in the order of the samples."""
-        scores, size = [], self.score.batch_size
+        """See :class:`InfluenceModel`. What is read together depends on the samples alone, in blocks of 4,096."""
+        scores = np.empty(len(windows), np.float32)
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.score.precision == "bf16")
         with torch.no_grad(), autocast:
-            for start in range(0, len(windows), size):
-                batch = self.reader.batch(windows[start : start + size].astype(np.int64)).to(self.device)
-                scores.append(self.module(batch).float().cpu().numpy())
-        return np.concatenate(scores).astype(np.float32)
+            for start in range(0, len(windows), BLOCK):
+                sequences = self.reader.sequences(windows[start : start + BLOCK])
+                for rows in groups(sequences, self.fit.chunk_tokens, self.score.batch_tokens):
+                    batch = chunk([sequences[row] for row in rows], self.fit.chunk_tokens, self.reader.pad)
+                    scores[start + rows] = self.module(batch.to(self.device)).float().cpu().numpy()
+        return scores
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`InfluenceModel`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,10 @@ import numpy.typing as npt
 import torch
 
 from mates.engine.config import FitConfig
+from mates.engine.influence.model import Windows
 from mates.preprocess.tokenizer import Tokenizer
+
+TokenIds = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,19 @@ class EncoderInputs(Protocol):
     """Turns samples into encoder chunks."""
 
     vocab_size: int
+    pad: int
+    """Id that fills chunks up."""
 
-    def batch(self, windows: npt.NDArray[np.int64]) -> EncoderBatch:
-        """Chunks of samples [B, L]."""
+    def sequences(self, windows: Windows) -> list[TokenIds]:
+        """What the encoder reads of each of some samples [B, L]: token ids of its own vocabulary, as many as it reads at most."""
 
 
-def chunk(sequences: list[npt.NDArray[np.int64]], chunk_tokens: int, max_chunks: int, pad: int) -> EncoderBatch:
-    """Cut sequences into chunks of at most ``chunk_tokens``; what lies beyond ``max_chunks`` is not read."""
+def chunk(sequences: Sequence[TokenIds], chunk_tokens: int, pad: int) -> EncoderBatch:
+    """Cut sequences into chunks of at most ``chunk_tokens``."""
     pieces, owners = [], []
     for number, sequence in enumerate(sequences):
-        for start in range(0, max(1, min(len(sequence), chunk_tokens * max_chunks)), chunk_tokens):
-            pieces.append(sequence[start : min(start + chunk_tokens, chunk_tokens * max_chunks)])
+        for start in range(0, max(1, len(sequence)), chunk_tokens):
+            pieces.append(sequence[start : start + chunk_tokens])
             owners.append(number)
     width = max(1, max(len(piece) for piece in pieces))
     ids = np.full((len(pieces), width), pad, np.int64)
@@ -54,16 +60,36 @@ def chunk(sequences: list[npt.NDArray[np.int64]], chunk_tokens: int, max_chunks:
     return EncoderBatch(torch.from_numpy(ids), torch.from_numpy(mask), torch.tensor(owners), len(sequences))
 
 
+def groups(sequences: Sequence[TokenIds], chunk_tokens: int, budget: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Rows of sequences that are read together: of like lengths, so that hardly anything is padded, the longest first.
+
+    Args:
+        sequences: token ids. chunk_tokens: of a chunk at most.
+        budget: tokens of a group, padding included; a single sequence may have more.
+    """
+    lengths = np.array([max(1, len(sequence)) for sequence in sequences])
+    order, chunks = np.argsort(-lengths, kind="stable"), -(-lengths // chunk_tokens)
+    start = 0
+    while start < len(order):
+        width = min(lengths[order[start]], chunk_tokens)
+        held = np.cumsum(chunks[order[start:]]) * width
+        stop = start + max(1, int(np.searchsorted(held, budget, side="right")))
+        yield order[start:stop]
+        start = stop
+
+
 class CorpusIds:
     """For an encoder whose vocabulary is the language model's: it reads the corpus as it is."""
 
+    pad = 0
+
     def __init__(self, config: FitConfig, vocab_size: int) -> None:
-        self._config = config
+        self._limit = config.chunk_tokens * config.max_chunks
         self.vocab_size = vocab_size
 
-    def batch(self, windows: npt.NDArray[np.int64]) -> EncoderBatch:
+    def sequences(self, windows: Windows) -> list[TokenIds]:
         """See :class:`EncoderInputs`."""
-        return chunk(list(windows), self._config.chunk_tokens, self._config.max_chunks, pad=0)
+        return list(windows[:, : self._limit])
 
 
 class Retokenized:
@@ -72,17 +98,16 @@ class Retokenized:
     def __init__(self, config: FitConfig, tokenizer: Tokenizer, encoder: str | Path) -> None:
         from transformers import AutoTokenizer
 
-        self._config, self._tokenizer = config, tokenizer
+        self._limit, self._tokenizer = config.chunk_tokens * config.max_chunks, tokenizer
         self._encoder_tokenizer: Any = AutoTokenizer.from_pretrained(encoder)
         self.vocab_size = len(self._encoder_tokenizer)
+        self.pad: int = self._encoder_tokenizer.pad_token_id or 0
 
-    def batch(self, windows: npt.NDArray[np.int64]) -> EncoderBatch:
+    def sequences(self, windows: Windows) -> list[TokenIds]:
         """See :class:`EncoderInputs`. The special tokens that the encoder was pretrained with stand around the whole sample."""
         texts = [self._tokenizer.decode(window.tolist()) for window in windows]
-        limit = self._config.chunk_tokens * self._config.max_chunks
-        encoded = self._encoder_tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-        pad = self._encoder_tokenizer.pad_token_id or 0
-        return chunk([np.asarray(ids, np.int64) for ids in encoded], self._config.chunk_tokens, self._config.max_chunks, pad)
+        encoded = self._encoder_tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
+        return [np.asarray(ids, np.int64) for ids in encoded]
 
     def save(self, directory: Path) -> None:
         """Keep the tokenizer with the model."""

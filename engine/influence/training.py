@@ -12,7 +12,7 @@ import torch
 
 from mates.engine.config import FitConfig
 from mates.engine.influence.encoder import EncoderModel
-from mates.engine.influence.inputs import EncoderBatch
+from mates.engine.influence.inputs import EncoderBatch, chunk
 from mates.engine.progress import Progress
 from mates.engine.random import KeyedPermutation
 
@@ -85,7 +85,8 @@ class EncoderFit:
 
     def _batch(self, rows: Rows) -> EncoderBatch:
         """A batch to train on, billed."""
-        batch = self._model.reader.batch(self._windows[rows])
+        reader = self._model.reader
+        batch = chunk(reader.sequences(self._windows[rows]), self._config.chunk_tokens, reader.pad)
         self.flops += 3 * self._model.module.shape().forward(tokens=batch.ids.numel(), length=batch.ids.shape[1])
         self.tokens += batch.ids.numel()
         return batch.to(self._model.device)
