@@ -498,6 +498,9 @@ class SelectConfig:
     """Selected share of the candidates: a stage has steps x batch / ratio candidates."""
     temperature: float = 0.5
     """Temperature of Gumbel-top-k, in standard deviations of the labels: towards 0 plain top-k, large is uniform."""
+    materialize: bool = False
+    """Also write the selected samples beside the index as ``selected.bin`` and ``selected.idx`` in Megatron's layout, for other trainers:
+    in training order, each as a document of sequence_length + 1 tokens."""
 
     def __post_init__(self) -> None:
         require(0 < self.ratio <= 1, "select.ratio", self.ratio, "a share above 0 and at most 1")

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mates.engine.config import Recipe
 from mates.engine.data.blocks import Blocks, make_blocks
-from mates.engine.data.corpus import open_corpus
-from mates.engine.data.index import INDEX_FILE, write_ids
+from mates.engine.data.corpus import Corpus, open_corpus
+from mates.engine.data.index import INDEX_FILE, load_array, write_ids
 from mates.engine.influence.score import Scores, open_scores
 from mates.engine.layout import SHARED, layout_of
 from mates.engine.progress import say
 from mates.engine.select.choose import PIECE, Cut, Floats, Ids, find_cut, gumbel_keys
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Cost, Manifest, Request
+from mates.preprocess.indexed import IndexedWriter
+
+SELECTED_NAME = "selected"
+COPIED = 4096  # samples that are copied at a time
 
 
 def needs_scores(method: str, stage: int) -> bool:
@@ -42,6 +47,8 @@ def select_request(recipe: Recipe, method: str, stage: int) -> Request:
     inputs = {"corpus": corpus.fingerprint}
     if rule == "mates":
         settings["temperature"] = recipe.select.temperature
+    if recipe.select.materialize:
+        settings["materialize"] = True
     if needs_scores(method, stage):
         inputs["scores"] = artifact.load(layout.scores(method, stage), "scores").fingerprint
     return Request(directory=layout.index(method, stage), kind="selection index", settings=settings, inputs=inputs)
@@ -82,7 +89,20 @@ def select_stage(recipe: Recipe, method: str, stage: int) -> Manifest:
             f"select {method} stage {stage}: mean score {selected:+.3f} SD of {k:,} selected, "
             f"{candidates:+.3f} of {n:,} candidates (lower is better)"
         )
-    return request.commit(info=info, cost=Cost(seconds=time.perf_counter() - start), files=[INDEX_FILE])
+    files = [INDEX_FILE]
+    if recipe.select.materialize:
+        _materialize(request.directory, corpus)
+        files += [f"{SELECTED_NAME}.bin", f"{SELECTED_NAME}.idx"]
+    return request.commit(info=info, cost=Cost(seconds=time.perf_counter() - start), files=files, identity=[INDEX_FILE])
+
+
+def _materialize(directory: Path, corpus: Corpus) -> None:
+    """Write the samples of an index, in its order."""
+    ids = load_array(directory / INDEX_FILE, np.dtype(np.int64), 1)
+    with IndexedWriter(directory / SELECTED_NAME, corpus.dtype) as writer:
+        for start in range(0, len(ids), COPIED):
+            windows = corpus.stored(np.asarray(ids[start : start + COPIED]))
+            writer.write(windows.ravel(), np.full(len(windows), windows.shape[1], np.int32))
 
 
 class _Scored:
