@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from mates.engine.config import ModelConfig
 from mates.engine.pretrain.checkpoint import OptimizerState
-from mates.engine.pretrain.model import build_model, model_config
+from mates.engine.pretrain.model import model_config
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.probe.methods import Estimate, Setting, make_setting
 from mates.engine.probe.prober import Prober
@@ -23,6 +24,7 @@ BETAS, EPS, LR, STEPS = (0.9, 0.95), 1e-8, 1e-3, 7
 
 
 def make_model(family: str, tied: bool, dtype: torch.dtype) -> nn.Module:
+    """With the weights that transformers draws: at this width Pythia's are six times as large, and fp32's rounding with them."""
     config = ModelConfig(
         family=family,  # type: ignore[arg-type]
         hidden_size=32,
@@ -32,7 +34,10 @@ def make_model(family: str, tied: bool, dtype: torch.dtype) -> nn.Module:
         max_positions=64,
         tie_embeddings=tied,
     )
-    return build_model(model_config(resolve_shape(config), VOCAB, 0), seed=0).to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2_663_230_478_014_173_267)
+        model: nn.Module = AutoModelForCausalLM.from_config(model_config(resolve_shape(config), VOCAB, 0), dtype=torch.float32)
+    return model.to(dtype)
 
 
 def make_state(model: nn.Module, clip_norm: float) -> OptimizerState:
