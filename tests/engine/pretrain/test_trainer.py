@@ -76,14 +76,26 @@ def test_equals_a_plain_loop(results: Results, stage: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_another_zero_stage_goes_on_from_the_same_state(results: Results, case: str) -> None:
+    goes_on_from_the_same_state(results[case], case, stages=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_every_other_zero_stage_goes_on_from_the_same_state(long_results: Results, case: str) -> None:
+    goes_on_from_the_same_state(long_results[case], case, stages=3)
+
+
+def goes_on_from_the_same_state(result: dict[str, Any], case: str, stages: int) -> None:
     source, precision = case.split()
-    for target, found in results[case]["reshaped"].items():
-        assert found["loaded"] == results[case]["saved_digest"], target
+    half = len(result["losses"]) // 2
+    assert len(result["reshaped"]) == stages
+    for target, found in result["reshaped"].items():
+        assert found["loaded"] == result["saved_digest"], target
         assert found["weight_decays"] == [0.1, 0.0], target
-        assert found["updates"] == 6, target
+        assert found["updates"] == half + 3, target
         # stages sum bf16 gradients in other orders, and without ZeRO bf16 is autocast over fp32 weights
         bound = 1e-6 if precision == "fp32" else 2e-3 if "0" in (source, target) else 1e-4
-        assert found["losses"] == pytest.approx(results[case]["losses"][3:], rel=bound), target
+        assert found["losses"] == pytest.approx(result["losses"][half : half + 3], rel=bound), target
 
 
 @pytest.mark.parametrize("case", CASES)
