@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import GateError
 from surroundings import REPOSITORY, surroundings
 
 Part = Callable[[], dict[str, Any]]
-
-
-class GateError(RuntimeError):
-    """A result is wrong; nothing is timed."""
 
 
 def gate(condition: bool, message: str) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from measuring import spread
 from surroundings import REPOSITORY, surroundings, without_paths
 
 from mates.engine.data.corpus import open_corpus
@@ -140,11 +140,6 @@ def first_batch(make: Callable[[], Iterator[Pair]]) -> float:
     batches = make()
     next(batches)
     return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> Json:
-    """Median and range."""
-    return {"median": statistics.median(values), "range": [min(values), max(values)], "n": len(values)}
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Json:

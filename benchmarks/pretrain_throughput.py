@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import GateError, spread
 from surroundings import REPOSITORY, surroundings
 from torch import nn
 
@@ -56,10 +57,6 @@ GATED = 3
 VOCAB = 50_304
 Json = dict[str, Any]
 Steps = Iterator[float]
-
-
-class GateError(RuntimeError):
-    """A contestant computes something else; nothing is reported."""
 
 
 def recipe_of(options: Json, **changes: Any) -> Recipe:
@@ -299,11 +296,6 @@ def measure(options: Json) -> Json:
         "contestants": rows,
         **surroundings(),
     }
-
-
-def spread(values: list[float]) -> Json:
-    """Median and range."""
-    return {"median": statistics.median(values), "range": [min(values), max(values)], "n": len(values)}
 
 
 def lines(found: Json) -> Iterator[str]:

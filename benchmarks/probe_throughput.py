@@ -41,12 +41,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import spread
 from surroundings import REPOSITORY, surroundings, without_paths
 from torch import nn
 
 from mates.engine.config import ModelConfig
 from mates.engine.flops import decoder_forward, decoder_training
 from mates.engine.pretrain.checkpoint import OptimizerState
+from mates.engine.pretrain.meter import matmul_rates
 from mates.engine.pretrain.model import build_model, model_config, next_token_loss
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.probe.fidelity import fidelity_of
@@ -366,16 +368,7 @@ def work(task: Json) -> Json:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the median of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    rates = []
-    for _ in range(11):
-        _synchronise(device)
-        start = time.perf_counter()
-        first @ second
-        _synchronise(device)
-        rates.append(2 * size**3 / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
+    return statistics.median(matmul_rates(device, dtype, size=8192 if device.type == "cuda" else 2048, repeats=10))
 
 
 def _synchronise(device: torch.device) -> None:
@@ -479,11 +472,6 @@ def flops_of(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         "corrected": estimate + part,
         "training": step,
     }
-
-
-def spread(values: list[float]) -> Json:
-    """Median and range."""
-    return {"median": statistics.median(values), "range": [min(values), max(values)], "n": len(values)}
 
 
 def lines(found: Json) -> Iterator[str]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from measuring import GateError
 from surroundings import REPOSITORY, surroundings
 
 from mates.engine.data.blocks import Blocks
@@ -36,10 +37,6 @@ from mates.preprocess.artifact import write_json
 CLAIM = "A fifth of a billion candidates is chosen exactly in at most 2 GiB beside the mapped scores."
 RATIO, TEMPERATURE, SEED, STAGE = 0.2, 0.5, 0, 1
 Json = dict[str, Any]
-
-
-class GateError(RuntimeError):
-    """Other ids are chosen than by sorting; nothing is reported."""
 
 
 class PeakMemory:

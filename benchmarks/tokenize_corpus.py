@@ -49,6 +49,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import measuring
+from measuring import GateError
 from surroundings import REPOSITORY, surroundings, without_paths
 
 CLAIM = (
@@ -69,10 +71,6 @@ ALL_WORKERS, AT_ONCE = "ours with all workers", "tokenize at once"
 NEARLY_LINEAR = 0.9  # of what processes that know nothing of each other gain on the same cores
 
 Json = dict[str, Any]
-
-
-class GateError(RuntimeError):
-    """A result is wrong; no figure is given."""
 
 
 class ContestantError(RuntimeError):
@@ -735,7 +733,7 @@ def spread(values: Sequence[float]) -> Json | None:
     """Median and range; None where a value is not known."""
     if any(map(math.isnan, values)):
         return None
-    return {"median": statistics.median(values), "range": [min(values), max(values)], "n": len(values)}
+    return measuring.spread(values)
 
 
 def rates(bench: Bench, runs: dict[str, list[Json]], name: str) -> Json:

@@ -472,6 +472,10 @@ class FitConfig:
             "a sum below 0.9",
         )
 
+    def starts_from_earlier(self, stage: int) -> bool:
+        """Whether the influence model of ``stage`` is fitted from that of the stage before."""
+        return self.warm_start and self.model == "encoder" and stage > 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:

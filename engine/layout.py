@@ -95,3 +95,8 @@ def layout_of(recipe: Recipe) -> Layout:
     """The layout of a recipe's run."""
     root = recipe.path()
     return Layout(root, Path(recipe.data_dir) if recipe.data_dir else root / "data")
+
+
+def union_layouts(recipe: Recipe) -> list[Layout]:
+    """The data folders whose corpora the recipe reads as one; nothing of runs is looked for there."""
+    return [Layout(Path(folder), Path(folder)) for folder in recipe.corpus.union]

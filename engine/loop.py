@@ -59,7 +59,7 @@ def needed_steps(recipe: Recipe, step: Step) -> Iterator[Step]:
         yield replace(parent, verb="evaluate") if recipe.probe.after_decay else parent
     elif verb == "fit":
         yield replace(step, verb="probe")
-        if recipe.fit.warm_start and recipe.fit.model == "encoder" and stage > 1:
+        if recipe.fit.starts_from_earlier(stage):
             yield replace(step, stage=stage - 1)
     elif verb == "score":
         yield replace(step, verb="fit")

@@ -12,7 +12,7 @@ from mates.engine.data.corpus import sample_count
 from mates.engine.evaluate.stage import evaluation_flops
 from mates.engine.flops import BERT_BASE, EncoderShape, decoder_training
 from mates.engine.influence.ngrams import ngram_flops, ridge_flops
-from mates.engine.layout import layout_of
+from mates.engine.layout import layout_of, union_layouts
 from mates.engine.pretrain.model import padded_vocabulary
 from mates.engine.pretrain.shapes import ModelShape, resolve_shape
 from mates.engine.probe.stage import probe_flops
@@ -90,7 +90,7 @@ def _vocab_size(recipe: Recipe) -> int:
     if (directory / artifact.MANIFEST_NAME).exists():
         return int(artifact.load(directory, "tokenizer").info["vocab_size"])
     if recipe.corpus.union:
-        return int(artifact.load(Path(recipe.corpus.union[0]) / "tokenizer", "tokenizer").info["vocab_size"])
+        return int(artifact.load(union_layouts(recipe)[0].tokenizer, "tokenizer").info["vocab_size"])
     if recipe.tokenizer.path is None:
         return recipe.tokenizer.vocab_size
     if Path(recipe.tokenizer.path).exists():
@@ -105,8 +105,7 @@ def _tokens_found(recipe: Recipe) -> tuple[int | None, bool]:
     if (directory / artifact.MANIFEST_NAME).exists():
         return int(artifact.load(directory, "corpus").info["tokens"]), False
     if recipe.corpus.union:
-        parts = [Path(folder) / "corpus" / "train" for folder in recipe.corpus.union]
-        return sum(int(artifact.load(part, "corpus").info["tokens"]) for part in parts), False
+        return sum(int(artifact.load(part.corpus("train"), "corpus").info["tokens"]) for part in union_layouts(recipe)), False
     if SAMPLE in recipe.corpus.inputs:
         return None, True
     from mates.preprocess.inputs import InputError, find_inputs

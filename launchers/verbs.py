@@ -322,6 +322,7 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 
 def check_paths(recipe: Recipe) -> None:
     """Refuse files that are not there before the hours of work that come before their use."""
+    from mates.engine.layout import union_layouts
     from mates.preprocess.artifact import MANIFEST_NAME
     from mates.preprocess.inputs import find_inputs
     from mates.preprocess.tokenizer import load_tokenizer, looks_like_path
@@ -329,9 +330,9 @@ def check_paths(recipe: Recipe) -> None:
     require_packages(recipe)
     check_model(recipe)
     find_inputs([item for item in recipe.corpus.inputs if item != SAMPLE])
-    for folder in recipe.corpus.union:
-        there = (Path(folder) / "corpus" / "train" / MANIFEST_NAME).is_file()
-        require(there, "corpus.union", folder, "a data folder in which `mates preprocess` has finished")
+    for part in union_layouts(recipe):
+        there = (part.corpus("train") / MANIFEST_NAME).is_file()
+        require(there, "corpus.union", str(part.data), "a data folder in which `mates preprocess` has finished")
     reference = recipe.reference
     sources = [] if reference.source == SAMPLE else [("reference.source", Path(reference.source))]
     sources += [(f"reference.more ({task.name}).source", Path(task.source)) for task in reference.more]
@@ -347,6 +348,7 @@ def check_paths(recipe: Recipe) -> None:
 
 def check_model(recipe: Recipe) -> None:
     """Refuse a transformers configuration, weights or their tokenizer that training could not start from, before anything is made."""
+    from mates.engine.layout import union_layouts
     from mates.engine.pretrain.shapes import config_file, resolve_shape
 
     file = config_file(recipe.model)
@@ -367,7 +369,7 @@ def check_model(recipe: Recipe) -> None:
         return
     folder = Path(recipe.model.weights)
     check_weights(folder)
-    used = Path(recipe.corpus.union[0]) / "tokenizer" if recipe.corpus.union else Path(recipe.tokenizer.path or "")
+    used = union_layouts(recipe)[0].tokenizer if recipe.corpus.union else Path(recipe.tokenizer.path or "")
     if not used.exists():  # a name on the model hub
         return
     tokenizer = load_tokenizer(used, recipe.tokenizer.end_of_document)

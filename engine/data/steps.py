@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mates.engine.config import SAMPLE, Recipe
 from mates.engine.data.union import take_tokenizer, unite_corpora
-from mates.engine.layout import layout_of
+from mates.engine.layout import layout_of, union_layouts
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.progress import Progress, say
 from mates.engine.reference.make import make_further_reference, make_reference
@@ -75,16 +75,11 @@ def _origin(recipe: Recipe) -> str | None:
     return artifact.load(layout_of(recipe).sample_corpus, "sample-corpus").fingerprint
 
 
-def union_of(recipe: Recipe) -> list[Path]:
-    """The data folders whose corpora the recipe reads as one."""
-    return [Path(folder) for folder in recipe.corpus.union]
-
-
 def tokenizer_step(recipe: Recipe) -> Manifest:
     """Take or train the tokenizer, or take that of the corpora that are read as one."""
     config = recipe.tokenizer
     if recipe.corpus.union:
-        return take_tokenizer(layout_of(recipe).tokenizer, union_of(recipe)[0] / "tokenizer")
+        return take_tokenizer(layout_of(recipe).tokenizer, union_layouts(recipe)[0].tokenizer)
     inputs: dict[str, str] = {}
     if config.path is None:
         origin = _origin(recipe) or [[file.name, file.bytes] for file in input_files(recipe)]
@@ -108,7 +103,7 @@ def preprocess_step(recipe: Recipe, ranks: Ranks | None = None) -> dict[str, Man
     """Tokenize the documents into the train, pool and holdout corpora, as one of the ranks that were started."""
     layout, ranks = layout_of(recipe), ranks or Alone()
     if recipe.corpus.union:
-        united = on_all(ranks, lambda: unite_corpora(layout, union_of(recipe)) if ranks.rank == 0 else {})[0]
+        united = on_all(ranks, lambda: unite_corpora(layout, union_layouts(recipe)) if ranks.rank == 0 else {})[0]
         if ranks.rank == 0:
             for split, manifest in united.items():
                 info = manifest.info

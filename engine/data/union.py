@@ -31,7 +31,7 @@ def take_tokenizer(directory: Path, source: Path) -> Manifest:
 SPLIT_SETTINGS = ("pool_share", "holdout_share", "split_seed")
 
 
-def unite_corpora(layout: Layout, sources: Sequence[Path]) -> dict[str, Manifest]:
+def unite_corpora(layout: Layout, sources: Sequence[Layout]) -> dict[str, Manifest]:
     """Write the unions of the train, pool and holdout corpora of other data folders.
 
     Args:
@@ -44,13 +44,13 @@ def unite_corpora(layout: Layout, sources: Sequence[Path]) -> dict[str, Manifest
     return {split: _unite(layout, split, sources) for split in SPLITS}
 
 
-def _unite(layout: Layout, split: str, sources: Sequence[Path]) -> Manifest:
+def _unite(layout: Layout, split: str, sources: Sequence[Layout]) -> Manifest:
     started, directory = time.perf_counter(), layout.corpus(split)
-    folders = [(source / "corpus" / split).resolve() for source in sources]
+    folders = [source.corpus(split).resolve() for source in sources]
     parts = [artifact.load(folder, "corpus") for folder in folders]
     tokenizer = artifact.load(layout.tokenizer, "tokenizer").fingerprint
     for source, part in zip(sources, parts, strict=True):
-        _check_part(source, part, sources[0], parts[0], tokenizer)
+        _check_part(source.data, part, sources[0].data, parts[0], tokenizer)
     leaves = [leaf for folder, part in zip(folders, parts, strict=True) for leaf in part_directories(folder, part)]
     for number, leaf in enumerate(leaves):
         if leaf in leaves[:number]:

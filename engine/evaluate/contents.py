@@ -250,9 +250,11 @@ def sample_text(corpus: Corpus, tokenizer: Tokenizer, sample: int) -> str:
 
 def _urls(corpus: Corpus, samples: list[int]) -> list[str | None]:
     """Addresses of the documents that samples begin in, where addresses were kept."""
-    return [_url(*corpus.document_of(sample)) for sample in samples]
-
-
-def _url(directory: Path, document: int) -> str | None:
-    rows = document_rows(directory, [document])
-    return rows["url"][0].as_py() if "url" in rows.column_names else None
+    found = [corpus.document_of(sample) for sample in samples]
+    urls: dict[tuple[Path, int], str | None] = {}
+    for directory in {directory for directory, _ in found}:
+        numbers = [number for owner, number in found if owner == directory]
+        rows = document_rows(directory, numbers)
+        known = rows["url"].to_pylist() if "url" in rows.column_names else [None] * len(numbers)
+        urls |= {(directory, number): url for number, url in zip(numbers, known, strict=True)}
+    return [urls[document] for document in found]

@@ -86,8 +86,7 @@ def calibration(predicted: Floats, oracle: Floats) -> dict[str, float | None]:
 
 def _parent(recipe: Recipe, method: str, stage: int) -> Path | None:
     """The influence model that fitting starts from."""
-    starts_warm = recipe.fit.warm_start and recipe.fit.model == "encoder" and stage > 1
-    return layout_of(recipe).influence_model(method, stage - 1) if starts_warm else None
+    return layout_of(recipe).influence_model(method, stage - 1) if recipe.fit.starts_from_earlier(stage) else None
 
 
 def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -152,9 +151,14 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
 def _drift(
     recipe: Recipe, world: World, method: str, stage: int, labels: Labels, predicted: npt.NDArray[np.float32]
 ) -> dict[str, float | None] | None:
-    """How the predictions for the test labels agree with those of the stage before: has the model's preference moved?"""
+    """How the predictions for the test labels agree with those of the stage before: has the model's preference moved?
+
+    None where that stage has no model of the kind: nothing but this figure needs one.
+    """
     earlier = layout_of(recipe).influence_model(method, stage - 1)
-    if stage < 2 or artifact.load(earlier, "influence model").info["model"] != recipe.fit.model:
+    if stage < 2 or not (earlier / artifact.MANIFEST_NAME).is_file():
+        return None
+    if artifact.load(earlier, "influence model").info["model"] != recipe.fit.model:
         return None
     tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
     rows = labels.parts["test"]

@@ -14,21 +14,24 @@ from mates.engine.distributed import World
 GIB = 2**30
 
 
-def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 5) -> float:
-    """Rate of a product of two ``size`` × ``size`` matrices in TFLOP/s, the best of ``repeats``.
-
-    A device's own: of a GPU, or of the CPU threads of this process.
-    """
-    size = size or (8192 if device.type == "cuda" else 1024)
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 1):  # the first warms up
+def matmul_rates(device: torch.device, dtype: torch.dtype, *, size: int, repeats: int) -> list[float]:
+    """Rates of a product of two ``size`` × ``size`` matrices in FLOP/s, after a first one: of a GPU, or of this process' CPU threads."""
+    source = torch.Generator(device).manual_seed(0)  # training's own generator is left as it is
+    left, right = (torch.randn(size, size, generator=source, device=device, dtype=dtype) for _ in range(2))
+    rates = []
+    for _ in range(repeats + 1):
         _wait(device)
         start = time.perf_counter()
         left @ right
         _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:]) / 1e12
+        rates.append(2 * size**3 / (time.perf_counter() - start))
+    return rates[1:]
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 5) -> float:
+    """The best rate of a large matrix product in TFLOP/s."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    return max(matmul_rates(device, dtype, size=size, repeats=repeats)) / 1e12
 
 
 def _wait(device: torch.device) -> None:

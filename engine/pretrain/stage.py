@@ -132,8 +132,8 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
 def superseded(newest: Path, kept: int) -> list[Path]:
     """The partial checkpoints that nobody needs where ``kept`` whole ones, ``newest`` among them, are to stay.
 
-    Those of later steps do not count as newer: they are unfinished, damaged or made with other settings, or training would have gone on
-    from them. The unfinished are of no use; the others stay until training comes to their steps.
+    Those of later steps do not count as newer: they are unfinished or damaged, or training would have gone on from them. The unfinished are
+    of no use; the others stay until training comes to their steps.
     """
     found = sorted(newest.parent.glob("step-*"))
     is_whole = {path: (path / artifact.MANIFEST_NAME).is_file() for path in found}
@@ -272,14 +272,14 @@ class _StageRun:
 
     def _log(self, step: int, lr: float, result: StepResult) -> None:
         """Write the metrics since the last line."""
+        if not self.trainer.world.first:
+            return
         figures = {
             "loss_nats": finite(result.loss_nats),
             "grad_norm": finite(result.grad_norm),
             "lr": lr,
             **self.meter.read(step),
         }
-        if not self.trainer.world.first:
-            return
         at = self.first_step + step
         how = {"ranks": self.trainer.world.size, "zero_stage": self.recipe.pretrain.zero_stage}
         line = {"time": time.time(), "method": self.method, "stage": self.stage, "step": at, "stage_step": step, **how, **figures}

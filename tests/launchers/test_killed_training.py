@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_disks import resize, small_disk_at
 from training import STEPS, command, fingerprint, finish, logged, run_undisturbed, write_recipe
 
 from mates.engine.pretrain.checkpoint import LOSSES
@@ -202,13 +203,8 @@ DISK_FULL = re.compile(r"mates \w+: (\S+): the disk is full: ([\d,]+) bytes free
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1,500 KiB: one partial checkpoint of 887 kB and half of the next."""
-    path = tmp_path / "small"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(path)], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip("a small tmpfs cannot be mounted here (not root)")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    with small_disk_at(tmp_path / "small", "1500k") as disk:
+        yield disk
 
 
 def fill(path: Path) -> None:
@@ -216,10 +212,6 @@ def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as handle, contextlib.suppress(OSError):
         while True:
             handle.write(bytes(4096))
-
-
-def resize(disk: Path, size: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
 @pytest.mark.slow
@@ -238,7 +230,7 @@ def test_a_full_disk_says_what_is_missing_and_that_suffices(small_disk: Path, re
         assert not (folder / MANIFEST_NAME).exists()
         assert newest_whole(run_dir) == max(EVERY, (logged(run_dir)[-1] - 1) // EVERY * EVERY)
         size += needed - free
-        resize(small_disk, size)
+        resize(small_disk, str(size))
     assert full == [partial(run_dir, 2 * EVERY), partial(run_dir, 3 * EVERY), run_dir / "shared/stage0/checkpoint"]
     assert fingerprint(run_dir) == fingerprint(undisturbed)
 
@@ -248,7 +240,7 @@ def test_a_disk_too_full_for_a_line_of_metrics(small_disk: Path, recipe: Path, u
     """Full after the checkpoint of step 30, in the middle of a line about ten steps later, where the block ends that lines had gone to."""
     run_dir, filler = small_disk / "run", small_disk / "filler"
     more = ("--pretrain.checkpoint_every", "30")
-    resize(small_disk, 8 << 20)
+    resize(small_disk, "8m")
     with subprocess.Popen(command(recipe, run_dir, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not (done := logged(run_dir)) or done[-1] <= 30:
             assert process.poll() is None

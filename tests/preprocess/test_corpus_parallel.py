@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from small_disks import resize, small_disk_at
 
 from mates.preprocess import artifact, encode
 from mates.preprocess.artifact import ArtifactError, DiskFullError, Manifest
@@ -108,7 +109,8 @@ def command(script: Path, directory: Path, inputs: Path, bpe_dir: Path, workers:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    tests = Path(__file__).parents[1]
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
 
 
 # --- the same bytes from any number --------------------------------------------------------------------------------
@@ -495,13 +497,8 @@ def test_the_library_takes_over_from_a_wrong_engine(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip("a small tmpfs cannot be mounted here (not root)")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    with small_disk_at(tmp_path / "small", "1m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -515,7 +512,7 @@ def test_a_full_disk_is_said_and_the_run_continues_when_there_is_space(
             make(small_disk / "out", inputs, bpe_dir, workers=workers)
         except DiskFullError as error:
             messages.append(str(error))
-            subprocess.run(["mount", "-o", f"remount,size={1024 + 400 * size}k", str(small_disk)], check=True)
+            resize(small_disk, f"{1024 + 400 * size}k")
         else:
             break
     assert len(messages) > 1

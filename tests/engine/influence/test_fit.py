@@ -94,6 +94,14 @@ def test_drift_is_the_agreement_with_the_stage_before(recipe: Recipe) -> None:
     assert found == agreement(table["predicted_sd"].to_numpy()[test], before)
 
 
+def test_a_stage_is_fitted_without_a_model_of_the_stage_before(recipe: Recipe) -> None:
+    fitted, hidden = (layout_of(recipe).influence_model("mates", stage) / artifact.MANIFEST_NAME for stage in (2, 1))
+    fitted.unlink()
+    aside = hidden.rename(hidden.with_suffix(".aside"))
+    assert fit_stage(recipe, WORLD, "mates", 2).info["drift"] is None
+    aside.rename(hidden)
+
+
 def test_scores_are_the_saved_models_predictions(recipe: Recipe) -> None:
     layout, corpus = layout_of(recipe), open_train_corpus(recipe)
     tokenizer, _ = open_tokenizer(layout.tokenizer)
