@@ -13,7 +13,9 @@ from typing import Literal, cast, get_args
 
 SAMPLE = "sample"  # the word in place of a path that asks for the embedded corpus or its reference task
 
-Method = Literal["random", "mates", "mates-topk"]
+Method = Literal["random", "mates", "mates-topk", "dsir", "semdedup", "quality", "perplexity", "ratings"]
+INFLUENCE_METHODS = ("mates", "mates-topk")
+"""Methods that choose by an influence model, and so need probe and fit."""
 ProbeMethod = Literal["exact", "linear", "centred", "frozen", "corrected"]
 TaskFormat = Literal["lambada", "arc", "boolq", "copa", "hellaswag", "logiqa", "openbookqa", "piqa", "sciq", "winogrande"]
 
@@ -420,9 +422,17 @@ class ProbeConfig:
 class FitConfig:
     """The influence model."""
 
-    model: Literal["encoder", "ngram"] = "encoder"
-    """``encoder``: a BERT-architecture encoder, mean-pooled over chunks, with a regression head. ``ngram``: ridge regression on hashed
-    uni- and bigrams of tokens, seconds on a CPU and hardly a FLOP; of what follows only the shares matter to it."""
+    model: Literal["encoder", "ngram", "cascade"] = "encoder"
+    """``encoder``: a BERT-architecture encoder, mean-pooled over chunks, with a regression head for each reference task. ``ngram``: ridge
+    regression on hashed uni- and bigrams of tokens, seconds on a CPU and hardly a FLOP; of what follows only features and shares matter
+    to it. ``cascade``: both; the n-gram model drops the candidates that it is sure about, and the encoder reads the rest."""
+    features: list[Literal["difficulty", "relevance"]] = field(default_factory=list)
+    """What a model sees of a sample beside its words: ``difficulty``, its loss under a bigram language model of the pool; ``relevance``,
+    how much likelier its n-grams are in each reference task than in the pool (DSIR's importance weight, per n-gram). ``fit`` prints what
+    each adds."""
+    cascade_loss: float = 0.02
+    """``cascade`` only: share of what selection gains (in mean oracle influence, over a random choice) that dropping may lose on
+    validation labels; the largest share of candidates that keeps to it is dropped."""
     encoder: str | None = None
     """A pretrained encoder by path or name on the model hub (bert-base-uncased in the paper): it reads the sample's text through its
     own tokenizer. Null makes a small BERT from scratch that reads the corpus' token ids as they are."""
@@ -455,6 +465,8 @@ class FitConfig:
         for name in ("hidden_size", "layers", "heads", "max_chunks", "epochs", "batch_size"):
             require(getattr(self, name) >= 1, f"fit.{name}", getattr(self, name), "at least 1")
         require(self.chunk_tokens >= 8, "fit.chunk_tokens", self.chunk_tokens, "at least 8")
+        require(len(set(self.features)) == len(self.features), "fit.features", self.features, "each feature once")
+        require(0 <= self.cascade_loss < 1, "fit.cascade_loss", self.cascade_loss, "a share from 0 to below 1")
         require(
             self.hidden_size % self.heads == 0,
             "fit.hidden_size",
@@ -474,7 +486,7 @@ class FitConfig:
 
     def starts_from_earlier(self, stage: int) -> bool:
         """Whether the influence model of ``stage`` is fitted from that of the stage before."""
-        return self.warm_start and self.model == "encoder" and stage > 1
+        return self.warm_start and self.model != "ngram" and stage > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -505,6 +517,18 @@ class SelectConfig:
     materialize: bool = False
     """Also write the selected samples beside the index as ``selected.bin`` and ``selected.idx`` in Megatron's layout, for other trainers:
     in training order, each as a document of sequence_length + 1 tokens."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """Candidates that are dropped before the choice, the first in the order of the block being kept: ``exact`` ones have the same tokens as
+    an earlier one; ``near`` ones share most of their runs of 5 tokens with it (MinHash)."""
+    duplicate_similarity: float = 0.8
+    """``near`` only: Jaccard similarity of two samples' runs of 5 tokens from which on they are duplicates."""
+    domains: str | None = None
+    """A field of ``corpus.metadata_fields`` whose value is a document's domain, for ``floors`` and ``caps``; of ``url`` the host name. A
+    sample's domain is that of its first token's document."""
+    floors: dict[str, float] = field(default_factory=dict)
+    """Least share of the selection by domain; where a domain has too few candidates all of them are taken."""
+    caps: dict[str, float] = field(default_factory=dict)
+    """Largest share of the selection by domain."""
 
     def __post_init__(self) -> None:
         require(0 < self.ratio <= 1, "select.ratio", self.ratio, "a share above 0 and at most 1")
@@ -514,6 +538,45 @@ class SelectConfig:
             self.temperature,
             "at least 1e-6 (mates-topk is the limit at 0)",
         )
+        require(0 < self.duplicate_similarity <= 1, "select.duplicate_similarity", self.duplicate_similarity, "above 0 and at most 1")
+        limits = self.floors | self.caps
+        require(self.domains is not None or not limits, "select.domains", self.domains, "a metadata field, since floors or caps are set")
+        for name, shares in (("floors", self.floors), ("caps", self.caps)):
+            for domain, share in shares.items():
+                require(0 <= share <= 1, f"select.{name}.{domain}", share, "a share from 0 to 1")
+        for domain, share in self.floors.items():
+            most = self.caps.get(domain, 1.0)
+            require(share <= most, f"select.floors.{domain}", share, f"at most its cap of {most}")
+        require(sum(self.floors.values()) <= 1 + 1e-9, "select.floors", self.floors, "shares of at most 1 together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselinesConfig:
+    """What the methods that others have published choose by, to compare with; each is asked for in ``methods``."""
+
+    perplexity_keep: Literal["low", "middle", "high"] = "middle"
+    """``perplexity``: which candidates are kept, by their loss under the checkpoint before the stage (Marion et al., arXiv 2309.04564,
+    found the middle best)."""
+    quality_sources: list[str] = field(default_factory=list)
+    """``quality``: files of text that is good (as corpus.inputs, at most ``quality_samples`` windows of it are read); empty takes the
+    reference tasks' items. The classifier learns to tell it from samples of the pool."""
+    quality_samples: int = 20_000
+    """``quality``: samples of either kind at most."""
+    semdedup_clusters: int | None = None
+    """``semdedup``: clusters of k-means on the checkpoint's embeddings; null takes the square root of the candidates."""
+    ratings: str | None = None
+    """``ratings``: a file of scores of your own (a rating model's, a datamodel's) for the samples of the train corpus: ``.npy`` with a
+    float for each, or Parquet with columns sample_id and score."""
+    ratings_best: Literal["high", "low"] = "high"
+    """``ratings``: which scores are chosen."""
+    ratings_temperature: float = 0.0
+    """``ratings``: temperature of Gumbel-top-k in the file's unit; 0 is plain top-k."""
+
+    def __post_init__(self) -> None:
+        require(self.quality_samples >= 2, "baselines.quality_samples", self.quality_samples, "at least 2")
+        clusters = self.semdedup_clusters
+        require(clusters is None or clusters >= 1, "baselines.semdedup_clusters", clusters, "null or at least 1")
+        require(self.ratings_temperature >= 0, "baselines.ratings_temperature", self.ratings_temperature, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -581,7 +644,9 @@ class Recipe:
     """Key of every random choice of the run."""
     methods: list[Method] = field(default_factory=lambda: ["random", "mates"])
     """Selection methods that are run, each from the same stage-0 checkpoint: uniform ``random``; ``mates`` (Gumbel-top-k on predicted
-    influences); ``mates-topk`` (plain top-k on them)."""
+    influences); ``mates-topk`` (plain top-k on them); and to compare with ``dsir`` (importance resampling on hashed n-grams towards the
+    reference), ``semdedup`` (semantic deduplication), ``quality`` (a classifier of good text), ``perplexity`` and ``ratings`` (a file of
+    yours); see ``baselines``."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """Text and how it is split."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -600,6 +665,8 @@ class Recipe:
     """Scoring."""
     select: SelectConfig = field(default_factory=SelectConfig)
     """Selection."""
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    """Methods to compare with."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Evaluation."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -629,6 +696,19 @@ class Recipe:
             "pretrain.sequence_length",
             length,
             f"at most the model's max_positions = {shape.max_positions}",
+        )
+        require(
+            "ratings" not in self.methods or self.baselines.ratings is not None,
+            "baselines.ratings",
+            self.baselines.ratings,
+            "a file of scores, since ratings is among the methods",
+        )
+        domains = self.select.domains
+        require(
+            domains is None or domains in self.corpus.metadata_fields or bool(self.corpus.union),
+            "select.domains",
+            domains,
+            f"one of corpus.metadata_fields: {', '.join(self.corpus.metadata_fields)}",
         )
         share = self.launch.processes
         require(

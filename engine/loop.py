@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mates.engine.baselines.scorers import OF_CHECKPOINT
 from mates.engine.config import Recipe
 from mates.engine.evaluate.stage import evaluate_request
 from mates.engine.influence.fit import fit_request
@@ -12,12 +13,13 @@ from mates.engine.influence.score import score_request
 from mates.engine.layout import SHARED
 from mates.engine.pretrain.stage import pretrain_request
 from mates.engine.probe.stage import probe_request
-from mates.engine.select.stage import needs_scores, select_request
+from mates.engine.select.methods import needs_influences, needs_scores
+from mates.engine.select.stage import select_request
 from mates.preprocess.artifact import ArtifactError, Request
 
 DATA_VERBS = ("sample-corpus", "tokenizer", "preprocess", "reference")
 STAGE_VERBS = ("probe", "fit", "score", "select", "pretrain", "evaluate")
-DISTRIBUTED_VERBS = ("pretrain", "probe", "score", "evaluate")
+DISTRIBUTED_VERBS = ("pretrain", "probe", "fit", "score", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class Step:
 
 def stage_steps(method: str, stage: int) -> Iterator[Step]:
     """Steps of one stage of one method."""
+    if needs_influences(method, stage):
+        yield from (Step(verb, method, stage) for verb in ("probe", "fit"))
     if needs_scores(method, stage):
-        yield from (Step(verb, method, stage) for verb in ("probe", "fit", "score"))
+        yield Step("score", method, stage)
     yield from (Step(verb, method, stage) for verb in ("select", "pretrain", "evaluate"))
 
 
@@ -61,8 +65,10 @@ def needed_steps(recipe: Recipe, step: Step) -> Iterator[Step]:
         yield replace(step, verb="probe")
         if recipe.fit.starts_from_earlier(stage):
             yield replace(step, stage=stage - 1)
-    elif verb == "score":
+    elif verb == "score" and needs_influences(method, stage):
         yield replace(step, verb="fit")
+    elif verb == "score" and method in OF_CHECKPOINT:
+        yield parent
     elif verb == "select" and needs_scores(method, stage):
         yield replace(step, verb="score")
     elif verb == "pretrain":

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mates.engine.config import SAMPLE, FitConfig, Recipe
+from mates.engine.baselines.scorers import OF_CHECKPOINT
+from mates.engine.config import INFLUENCE_METHODS, SAMPLE, FitConfig, Recipe
 from mates.engine.data.blocks import block_sizes
 from mates.engine.data.corpus import sample_count
 from mates.engine.evaluate.stage import evaluation_flops
-from mates.engine.flops import BERT_BASE, EncoderShape, decoder_training
+from mates.engine.flops import BERT_BASE, EncoderShape, decoder_forward, decoder_training
 from mates.engine.influence.ngrams import ngram_flops, ridge_flops
 from mates.engine.layout import layout_of, union_layouts
 from mates.engine.pretrain.model import padded_vocabulary
 from mates.engine.pretrain.shapes import ModelShape, resolve_shape
 from mates.engine.probe.stage import probe_flops
-from mates.engine.select.stage import needs_scores
+from mates.engine.select.methods import needs_influences, needs_scores
 from mates.preprocess import artifact
 from mates.preprocess.indexed import token_dtype
 
@@ -137,19 +138,25 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     per_stage = decoder_training(shape, rows, tokens=config.steps_per_stage * config.tokens_per_step, length=length)
     chosen = [stage for stage in range(config.stages) if needs_scores(method, stage)]
     candidates = sum(block_sizes(recipe)[stage] for stage in chosen)
-    fit, score = (_ngram_flops if recipe.fit.model == "ngram" else _encoder_flops)(recipe, candidates)
+    probed = [stage for stage in chosen if needs_influences(method, stage)]
+    fit = score = 0.0
+    if probed:
+        parts = {"ngram": [_ngram_flops], "encoder": [_encoder_flops], "cascade": [_ngram_flops, _encoder_flops]}[recipe.fit.model]
+        fit, score = (sum(column) for column in zip(*(part(recipe, candidates) for part in parts), strict=True))
+    elif method in OF_CHECKPOINT:
+        score = decoder_forward(shape, rows, tokens=candidates * length, length=length)
     test = _reference(recipe, "test", recipe.reference.test_items)
     return {
         "pretrain": config.stages * per_stage,
-        "probe": len(chosen) * probe_flops(recipe, vocab, _probed_references(recipe), recipe.probe.samples),
-        "fit": len(chosen) * fit,
+        "probe": len(probed) * probe_flops(recipe, vocab, _probed_references(recipe), recipe.probe.samples),
+        "fit": len(probed) * fit,
         "score": score,
         "evaluate": config.stages * evaluation_flops(recipe, vocab, recipe.evaluate.holdout_samples, test),
     }
 
 
 def _encoder_flops(recipe: Recipe, candidates: int) -> tuple[float, float]:
-    """Of fitting an encoder once, and of scoring so many samples with it."""
+    """Of fitting an encoder once, and of scoring so many samples with it; what a cascade drops is only known when it is fitted."""
     fit = recipe.fit
     read = min(recipe.pretrain.sequence_length, fit.chunk_tokens * fit.max_chunks)
     encoder, chunk = encoder_shape(fit), min(read, fit.chunk_tokens)
@@ -194,8 +201,7 @@ def _memory(recipe: Recipe, shape: ModelShape, rows: int) -> dict[str, float]:
 
 def describe(recipe: Recipe, device: Device) -> Iterator[str]:
     """The plan as lines of text."""
-    methods = [method for method in recipe.methods if method != "random"]
-    method = methods[0] if methods else "random"
+    method = next((one for one in (*INFLUENCE_METHODS, *recipe.methods) if one in recipe.methods and one != "random"), "random")
     plan, config = make_plan(recipe, method), recipe.pretrain
     length = config.sequence_length
     yield f"model       {plan.parameters:,} parameters, vocabulary {plan.vocab_size:,}"

@@ -16,13 +16,15 @@ from typing import Any
 
 import jsonargparse
 
-from mates.engine.config import SAMPLE, Recipe, RecipeError, require, require_packages
+from mates.engine.config import INFLUENCE_METHODS, SAMPLE, Recipe, RecipeError, require, require_packages
 from mates.engine.pretrain.vigilance import STOPPED, BadStepError, StopRequestedError, StopSignals
 from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
 from mates.preprocess.artifact import DiskFullError
 
-CHOOSING = ("probe", "fit", "score")
-"""Verbs of methods that choose by influence, at stages after the first."""
+INFLUENCE_VERBS = ("probe", "fit")
+"""Verbs of methods that choose by influence."""
+SCORING_VERBS = (*INFLUENCE_VERBS, "score")
+"""Verbs of stages after the first."""
 RUN_LOCK = ".run.lock"
 RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
@@ -157,7 +159,7 @@ def _stage_parser(name: str, summary: str) -> jsonargparse.ArgumentParser:
         default=None,
         help="The run's method that the stage belongs to; stage 0 belongs to `shared`. By default the only one that it can be.",
     )
-    first = 1 if name in CHOOSING else 0
+    first = 1 if name in SCORING_VERBS else 0
     parser.add_argument("--stage", type=int, default=first, help=f"The stage, from {first}.")
     return parser
 
@@ -166,7 +168,7 @@ def _stage_verb(name: str, summary: str) -> Verb:
     def run(arguments: list[str]) -> int:
         recipe, extra = parse_with(_stage_parser(name, summary), arguments)
         method, stage = chosen_stage(recipe, name, extra["method"], extra["stage"])
-        if name == "select":
+        if name == "select" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             stage_step(name, recipe, method, stage)
             return 0
         signals, is_first, code = StopSignals(at_once=name != "pretrain"), os.environ.get("RANK", "0") == "0", 0
@@ -190,16 +192,20 @@ def _stage_verb(name: str, summary: str) -> Verb:
 
 def chosen_stage(recipe: Recipe, verb: str, method: str | None, stage: int) -> tuple[str, int]:
     """The method and stage that are meant. RecipeError for what the recipe does not have."""
-    chooses = verb in CHOOSING
-    stages = list(range(1 if chooses else 0, recipe.pretrain.stages))
+    stages = list(range(1 if verb in SCORING_VERBS else 0, recipe.pretrain.stages))
     require(stage in stages, "--stage", stage, f"one of {stages} for {verb}")
     if stage == 0:
         require(method in (None, "shared"), "--method", method, "shared, which stage 0 belongs to")
         return "shared", 0
-    known = [name for name in recipe.methods if not (chooses and name == "random")]
+    known, why = list(recipe.methods), ""
+    if verb in INFLUENCE_VERBS:
+        known, why = [name for name in known if name in INFLUENCE_METHODS], " that choose by influence"
+    elif verb == "score":
+        known, why = [name for name in known if name != "random"], " that choose by scores"
+    if method in recipe.methods:
+        why += f" ({method} needs no {verb})"
     if method is None and len(known) == 1:
         return known[0], stage
-    why = f" that choose by influence (random needs no {verb})" if chooses else ""
     hint = "; how influences are measured is --probe.method" if verb == "probe" else ""
     require(method in known, "--method", method, f"one of the recipe's methods{why}: {', '.join(known)}{hint}")
     assert method is not None
@@ -211,7 +217,7 @@ def stage_step(name: str, recipe: Recipe, method: str, stage: int, signals: Stop
     from mates.engine.loop import Step, check_needed
 
     step = Step(name, method, stage)
-    if name == "select":
+    if name == "select" and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # no process group for what takes seconds
         from mates.engine.select.stage import select_stage
 
         check_needed(recipe, step)
@@ -247,6 +253,13 @@ def _stage_work(name: str, signals: StopSignals | None) -> Callable[..., Any]:
         from mates.engine.influence.score import score_stage
 
         return score_stage
+    if name == "select":
+        from mates.engine.select.stage import select_stage
+
+        def select(recipe: Recipe, world: Any, method: str, stage: int) -> Any:
+            return select_stage(recipe, method, stage, world)
+
+        return select
     from mates.engine.evaluate.stage import evaluate_stage
 
     return evaluate_stage
@@ -341,6 +354,11 @@ def check_paths(recipe: Recipe) -> None:
         require(path.is_file(), name, str(path), "a file that is there")
     if recipe.tokenizer.path is not None and looks_like_path(recipe.tokenizer.path):
         load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document, recipe.corpus.special_token_text)
+    if "ratings" in recipe.methods:
+        ratings = recipe.baselines.ratings
+        require(ratings is not None and Path(ratings).is_file(), "baselines.ratings", ratings, "a file that is there")
+    if "quality" in recipe.methods:
+        find_inputs(recipe.baselines.quality_sources)
     encoder = recipe.fit.encoder
     if encoder is not None and looks_like_path(encoder):
         require((Path(encoder) / "config.json").is_file(), "fit.encoder", encoder, "a Hugging Face folder with a config.json")
@@ -387,17 +405,28 @@ def check_sizes(recipe: Recipe) -> None:
     """Refuse corpora that are too small for a later step of the recipe, as soon as their sizes are known."""
     from mates.engine.data.blocks import make_blocks
     from mates.engine.data.corpus import open_corpus
+    from mates.engine.influence.features import unprobed_samples
     from mates.engine.influence.fit import check_parts, split_labels
     from mates.engine.layout import layout_of
     from mates.engine.probe.stage import probed_samples
-    from mates.engine.select.stage import needs_scores
+    from mates.engine.select.methods import needs_influences
 
     length = recipe.pretrain.sequence_length
     train, pool = (open_corpus(layout_of(recipe).corpus(split), length) for split in ("train", "pool"))
     make_blocks(recipe, train.samples)
     for stage in range(recipe.pretrain.stages):
-        if any(needs_scores(method, stage) for method in recipe.methods):
+        if any(needs_influences(method, stage) for method in recipe.methods):
             check_parts(split_labels(probed_samples(recipe, pool.samples, stage), recipe.fit, recipe.seed))
+            if recipe.fit.features:
+                unprobed_samples(recipe, pool, stage)
+    if "ratings" in recipe.methods and recipe.baselines.ratings is not None:
+        from mates.engine.baselines.ratings import read_ratings
+
+        read_ratings(Path(recipe.baselines.ratings), train.samples)
+    if recipe.select.domains is not None and recipe.pretrain.stages > 1:
+        from mates.engine.select.domains import Domains
+
+        Domains(train, recipe.select)
 
 
 @contextmanager

@@ -175,6 +175,7 @@ def _fit(recipe: Recipe, request: Request, method: str, stage: int) -> dict[str,
     return {
         "label_mean_nats": float(train.mean()),
         "label_sd_nats": float(train.std()),
+        "label_covariance_nats2": [[float(train.var())]],
         "agreement": {"test": agreement(predicted[test], nats[test])},
         "label_curve": [
             {"labels": 10 * stage, "spearman": 0.25, "pearson": 0.5},
@@ -187,4 +188,5 @@ def _score(recipe: Recipe, request: Request, method: str, stage: int) -> dict[st
     low, high = request.settings["candidates"]
     scores = np.random.default_rng(200 + stage).normal(0, 0.7, (high - low, 1)).astype(np.float32)
     np.save(request.directory / shard_name(0), scores)
-    return {"samples": high - low, "references": [REFERENCE], "mean_sd": scores.mean(0).tolist()}
+    covariance = artifact.load(layout_of(recipe).influence_model(method, stage)).info["label_covariance_nats2"]
+    return {"samples": high - low, "references": [REFERENCE], "label_covariance_nats2": covariance, "mean_sd": scores.mean(0).tolist()}

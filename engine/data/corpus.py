@@ -90,11 +90,19 @@ class Corpus:
         """
         if not 0 <= sample < self.samples:
             raise IndexError(f"{self.directory}: sample id {sample} of {self.samples}")
-        part = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        directory, indexed = self.parts[part]
-        offset = (sample - int(self.starts[part])) * self.length * indexed.tokens.dtype.itemsize
-        sequence = int(np.searchsorted(indexed.pointers, offset, side="right")) - 1
-        return directory, int(np.searchsorted(indexed.boundaries, sequence, side="right")) - 1
+        parts, documents = self.documents_of(np.array([sample]))
+        return self.parts[parts[0]][0], int(documents[0])
+
+    def documents_of(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The same for samples [n] of the corpus: parts [n], by number, and documents [n]."""
+        parts = np.searchsorted(self.starts, ids, side="right") - 1
+        documents = np.empty(len(ids), np.int64)
+        for part in np.unique(parts):
+            own, indexed = parts == part, self.parts[part][1]
+            offsets = (ids[own] - self.starts[part]) * self.length * indexed.tokens.dtype.itemsize
+            sequences = np.searchsorted(indexed.pointers, offsets, side="right") - 1
+            documents[own] = np.searchsorted(indexed.boundaries, sequences, side="right") - 1
+        return parts, documents
 
     def info(self, name: str) -> Any:
         """A figure of the manifest."""

@@ -16,13 +16,15 @@ from mates.engine.config import Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
+from mates.engine.influence.cascade import undropped
 from mates.engine.influence.fit import PREDICTIONS_FILE
+from mates.engine.influence.model import joining
 from mates.engine.influence.score import open_scores
 from mates.engine.layout import SHARED, layout_of
 from mates.engine.ledger import Ledger, cumulative_flops
 from mates.engine.pretrain import checkpoint
 from mates.engine.probe.stage import label_weights, read_labels
-from mates.engine.select.stage import needs_scores
+from mates.engine.select.methods import needs_influences
 from mates.preprocess import artifact
 from mates.preprocess.metadata import document_rows
 from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
@@ -163,7 +165,7 @@ def stage_views(recipe: Recipe, ledger: Ledger) -> list[StageView]:
     views = []
     for method in recipe.methods:
         for stage in range(1, recipe.pretrain.stages):
-            if needs_scores(method, stage):
+            if needs_influences(method, stage):
                 views.append(_stage_view(recipe, ledger, method, stage))
     return views
 
@@ -200,7 +202,8 @@ def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
     corpus = open_corpus(layout.corpus("train"), recipe.pretrain.sequence_length)
     scores = open_scores(layout.scores(method, stage), corpus.fingerprint)
     shown = min(scores.samples, SHOWN)  # candidates are in random order, and an index is in theirs: a part is a fair sample
-    means = scores.read(0, shown).mean(1, dtype=np.float64)
+    join = joining(list(label_weights(recipe).values()), scores.manifest.info["label_covariance_nats2"])
+    means = undropped(scores.read(0, shown)) @ join
     candidates = make_blocks(recipe, corpus.samples).candidates(stage, 0, shown)
     chosen = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids[:shown])
     return Selection(candidates=means, selected=means[np.isin(candidates, chosen)])

@@ -178,9 +178,10 @@ def recipe_rows(recipe: Recipe, ledger: Ledger) -> list[tuple[str, str, dict[str
     """The recipe in short: what, in words, and the fingerprints of the artifacts it led to."""
     fit, probe, select, evaluate = recipe.fit, recipe.probe, recipe.select, recipe.evaluate
     encoder = fit.encoder or f"BERT from scratch, width {fit.hidden_size}, {fit.layers} layers"
-    influence_model = (
-        "ridge regression on hashed n-grams" if fit.model == "ngram" else f"{encoder}; {fit.epochs} epochs, learning rate {fit.lr:g}"
-    )
+    ridge, own = "ridge regression on hashed n-grams", f"{encoder}; {fit.epochs} epochs, learning rate {fit.lr:g}"
+    influence_model = {"ngram": ridge, "encoder": own, "cascade": f"{ridge}, and for what it does not drop {own}"}[fit.model]
+    if fit.features:
+        influence_model += f"; extra features {', '.join(fit.features)}"
     items = f"{recipe.reference.items} items to probe with, up to {recipe.reference.test_items} held out"
     rows = [
         ("Model", _model_text(recipe, ledger), None),

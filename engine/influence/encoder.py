@@ -6,7 +6,8 @@ mapped to the standardised influence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mates.engine.config import FitConfig, ScoreConfig, require
+from mates.engine.config import FitConfig, Recipe, ScoreConfig, require
 from mates.engine.flops import EncoderShape
-from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized, chunk, groups
-from mates.engine.influence.model import Windows
+from mates.engine.influence.features import NO_FEATURES, ExtraFeatures
+from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized, TokenIds, chunk, groups
+from mates.engine.influence.model import Samples, Scores
 from mates.preprocess.tokenizer import Tokenizer
 
 HEAD_FILE = "head.safetensors"
@@ -27,25 +29,31 @@ BLOCK = 4096
 
 
 class InfluenceEncoder(nn.Module):
-    """An encoder with a mean-pooling regression head. The head works in fp32 whatever the encoder's arithmetic."""
+    """An encoder with a mean-pooling regression head, which also sees a sample's extra features where there are any.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    The head works in fp32 whatever the encoder's arithmetic.
+    """
+
+    def __init__(self, encoder: nn.Module, outputs: int = 1, extra: int = 0) -> None:
+        """Take an encoder, and the numbers of reference tasks R and of extra features F."""
         super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, 1)  # type: ignore[union-attr,arg-type]
+        self.encoder, self.extra = encoder, extra
+        width: int = encoder.config.hidden_size  # type: ignore[union-attr,assignment]
+        self.head = nn.Linear(width + extra, outputs)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: EncoderBatch) -> torch.Tensor:
-        """Predicted influence in label standard deviations: [B] fp32."""
+        """Predicted influences in label standard deviations: [B, R] fp32."""
         hidden = self.encoder(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state.float()
         mask = batch.mask[..., None].float()
         width = hidden.shape[-1]
         sums = hidden.new_zeros(batch.samples, width).index_add_(0, batch.sample, (hidden * mask).sum(1))
         counts = hidden.new_zeros(batch.samples, 1).index_add_(0, batch.sample, mask.sum(1))
         pooled = sums / counts.clamp(min=1.0)
-        result: torch.Tensor = nn.functional.linear(pooled, self.head.weight.float(), self.head.bias.float())[:, 0]
-        return result
+        if batch.extra is not None:
+            pooled = torch.cat([pooled, batch.extra], dim=1)
+        return nn.functional.linear(pooled, self.head.weight.float(), self.head.bias.float())
 
     def shape(self) -> EncoderShape:
         """For FLOPs."""
@@ -67,33 +75,46 @@ class EncoderModel:
     fit: FitConfig
     score: ScoreConfig
     device: torch.device
+    extra: ExtraFeatures = NO_FEATURES
 
-    def predict(self, windows: Windows) -> npt.NDArray[np.float32]:
-        """See :class:`InfluenceModel`. What is read together depends on the samples alone, in blocks of 4,096."""
-        scores = np.empty(len(windows), np.float32)
+    def predict(self, samples: Samples) -> Scores:
+        """See :class:`Scorer`. What is read together depends on the samples alone, in blocks of 4,096."""
+        scores = np.empty((len(samples), self.module.head.out_features), np.float32)
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.score.precision == "bf16")
         with torch.no_grad(), autocast:
-            for start in range(0, len(windows), BLOCK):
-                sequences = self.reader.sequences(windows[start : start + BLOCK])
+            for start in range(0, len(samples), BLOCK):
+                block = samples[start : start + BLOCK]
+                sequences, extra = self.reader.sequences(block), self.extra.compute(block)
                 for rows in groups(sequences, self.fit.chunk_tokens, self.score.batch_tokens):
-                    batch = chunk([sequences[row] for row in rows], self.fit.chunk_tokens, self.reader.pad)
-                    scores[start + rows] = self.module(batch.to(self.device)).float().cpu().numpy()
+                    batch = self.batch([sequences[row] for row in rows], extra[rows])
+                    scores[start + rows] = self.module(batch).float().cpu().numpy()
         return scores
 
+    def batch(self, sequences: Sequence[TokenIds], extra: npt.NDArray[np.float32]) -> EncoderBatch:
+        """Sequences and extra features [B, F] for the module, on its device."""
+        batch = chunk(sequences, self.fit.chunk_tokens, self.reader.pad)
+        return replace(batch, extra=torch.from_numpy(extra) if extra.shape[1] else None).to(self.device)
+
     def forward_flops(self, samples: int, length: int) -> float:
-        """See :class:`InfluenceModel`."""
+        """See :class:`Scorer`."""
         read = min(length, self.fit.chunk_tokens * self.fit.max_chunks)
-        return self.module.shape().forward(tokens=samples * read, length=min(read, self.fit.chunk_tokens))
+        own = self.module.shape().forward(tokens=samples * read, length=min(read, self.fit.chunk_tokens))
+        return own + self.extra.flops(samples, length)
 
     def save(self, directory: Path) -> None:
         """See :class:`InfluenceModel`."""
         self.module.save(directory)
+        self.extra.save(directory)
         if isinstance(self.reader, Retokenized):
             self.reader.save(directory)
 
 
-def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:
-    """The recipe's encoder: pretrained by name or path, or a fresh BERT over the language model's vocabulary."""
+def new_encoder(config: FitConfig, vocab_size: int, outputs: int = 1, extra: int = 0) -> InfluenceEncoder:
+    """The recipe's encoder: pretrained by name or path, or a fresh BERT over the language model's vocabulary.
+
+    Args:
+        config: the section fit. vocab_size: of the language model. outputs: reference tasks. extra: features beside the text.
+    """
     from transformers import BertConfig, BertModel
 
     if config.encoder is not None:
@@ -105,7 +126,7 @@ def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:
             config.chunk_tokens,
             f"at most the {positions} positions of {config.encoder}",
         )
-        return InfluenceEncoder(encoder)
+        return InfluenceEncoder(encoder, outputs, extra)
     bert = BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
@@ -114,14 +135,22 @@ def new_encoder(config: FitConfig, vocab_size: int) -> InfluenceEncoder:
         intermediate_size=4 * config.hidden_size,
         max_position_embeddings=config.chunk_tokens,
     )
-    return InfluenceEncoder(BertModel(bert, add_pooling_layer=False))
+    return InfluenceEncoder(BertModel(bert, add_pooling_layer=False), outputs, extra)
 
 
 def load_encoder(directory: Path) -> InfluenceEncoder:
     """An encoder from an influence-model folder."""
-    model = InfluenceEncoder(_pretrained(directory, local_files_only=True))
-    model.head.load_state_dict(load_file(directory / HEAD_FILE))
+    encoder, head = _pretrained(directory, local_files_only=True), load_file(directory / HEAD_FILE)
+    outputs, width = head["weight"].shape
+    model = InfluenceEncoder(encoder, outputs, width - encoder.config.hidden_size)  # type: ignore[union-attr]
+    model.head.load_state_dict(head)
     return model
+
+
+def open_encoder(directory: Path, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> EncoderModel:
+    """The encoder of an influence-model folder, to score with."""
+    reader = encoder_inputs(recipe.fit, tokenizer, tokenizer.vocab_size, directory)
+    return EncoderModel(load_encoder(directory).to(device).eval(), reader, recipe.fit, recipe.score, device, ExtraFeatures.load(directory))
 
 
 def _pretrained(source: str | Path, **options: Any) -> nn.Module:

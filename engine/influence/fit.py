@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from scipy import stats
+from scipy import sparse, stats
 
 from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
+from mates.engine.influence.cascade import DROPPED, CascadeModel, dropped_share, lost_influence, undropped
 from mates.engine.influence.encoder import EncoderModel, encoder_inputs, load_encoder, new_encoder
-from mates.engine.influence.model import InfluenceModel, open_model
-from mates.engine.influence.ngrams import NgramModel, best_ridge, curve_line, label_curve, ngram_features, ridge_flops
+from mates.engine.influence.features import ExtraFeatures, feature_inputs, make_features
+from mates.engine.influence.model import InfluenceModel, Samples, Scores, joining, open_model, predict_together
+from mates.engine.influence.ngrams import (
+    BUCKETS,
+    NgramModel,
+    ablation,
+    all_features,
+    best_ridge,
+    curve_line,
+    label_curve,
+    ridge_flops,
+)
 from mates.engine.influence.training import EncoderFit
 from mates.engine.layout import layout_of
-from mates.engine.probe.stage import label_weights, read_labels
+from mates.engine.probe.stage import label_weights, read_influences
 from mates.engine.progress import say
 from mates.engine.random import key_of, uniform
 from mates.preprocess import artifact
@@ -98,129 +110,264 @@ def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
     }
     if parent is not None:
         inputs["parent"] = artifact.load(parent, "influence model").fingerprint
-    settings = asdict(recipe.fit) | {"stage": stage, "seed": recipe.seed, "label_weights": label_weights(recipe)}
+    # weights are for selection: other ones need no other model
+    settings = asdict(recipe.fit) | {"stage": stage, "seed": recipe.seed, "references": list(label_weights(recipe))}
+    if recipe.fit.features:
+        inputs |= feature_inputs(recipe)
+    if recipe.fit.model == "cascade":
+        settings |= {"ratio": recipe.select.ratio, "label_weights": label_weights(recipe)}
     return Request(directory=layout.influence_model(method, stage), kind="influence model", settings=settings, inputs=inputs)
 
 
 def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest:
-    """Fit the influence model that scores the candidates of ``stage``. Runs on one rank."""
-    request = fit_request(recipe, method, stage)
-    done = request.find()
+    """Fit the influence model that scores the candidates of ``stage``. Ranks share an encoder's batches."""
+    request: Request = world.same(lambda: fit_request(recipe, method, stage))
+    done: Manifest | None = world.same(request.find)
     if done:
         return done
     start = time.perf_counter()
-    layout, parent = layout_of(recipe), _parent(recipe, method, stage)
-    ids, values, labels = read_labels(layout.labels(method, stage), label_weights(recipe))
+    layout = layout_of(recipe)
+    ids, values, manifest = read_influences(layout.labels(method, stage), list(label_weights(recipe)))
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
-    found = Labels(ids, values, pool.windows(ids)[:, :-1], split_labels(ids, recipe.fit, recipe.seed))
-    label = f"fit {method} stage {stage}"
-    is_ngram = recipe.fit.model == "ngram"
-    fitted = _fit_ngrams(found) if is_ngram else _fit_encoder(recipe, world, found, stage, parent, label)
-    predicted = fitted.model.predict(found.windows)
-    _save(request.directory, fitted.model, found, predicted)
-    test = found.parts["test"]
-    on_test = predicted[test].astype(np.float64), found.targets[test].astype(np.float64)
-    curve = label_curve(found.windows, values, found.parts, recipe.seed, stage)
-    info = {
-        "model": recipe.fit.model,
-        "label_mean_nats": found.mean,
-        "label_sd_nats": found.sd,
-        "labels": {name: len(rows) for name, rows in found.parts.items()},
-        "agreement": {name: agreement(predicted[rows], values[rows]) for name, rows in found.parts.items()},
-        "selection": {"ratio": recipe.select.ratio, **selected_influence(*on_test, recipe.select.ratio)},
-        "calibration": calibration(*on_test),
-        "drift": _drift(recipe, world, method, stage, found, predicted),
-        "epochs": fitted.history,
-        "label_curve": curve,
-        "flops_per_sample": fitted.model.forward_flops(1, recipe.pretrain.sequence_length),
-        "references": labels.info["references"],
-        "warm_started": parent is not None,
-    }
-    flops = fitted.flops + fitted.model.forward_flops(*found.windows.shape)
-    cost = Cost(flops=flops, seconds=time.perf_counter() - start, tokens=fitted.tokens + found.windows.size)
-    result = request.commit(info=info, cost=cost)
-    shown = ", ".join(f"{name} {'undefined' if value is None else f'{value:.3f}'}" for name, value in info["agreement"]["test"].items())
-    worth = info["selection"]
-    say(
-        f"{label}: on {len(test)} test labels {shown}; the chosen {worth['ratio']:.0%} have a mean influence of "
-        f"{worth['selected']:+.2f} SD, where chance has {worth['random']:+.2f} and the oracle {worth['oracle']:+.2f}; {curve_line(curve)}"
-    )
+    labels = Labels(Samples(pool, ids), values, split_labels(ids, recipe.fit, recipe.seed), label_weights(recipe))
+    job = _Job(recipe, world, method, stage, labels, make_features(recipe, stage))
+    fitted = job.fit()
+    predicted = predict_together(fitted.model, labels.samples, world)
+    flops, tokens = world.gathered(lambda: (fitted.flops, fitted.tokens)), len(ids) * pool.length
+
+    def commit() -> Manifest:
+        info = job.report(fitted, predicted) | {"probed": manifest.info["references"]}
+        _save(request.directory, fitted.model, labels, predicted)
+        return request.commit(
+            info=info,
+            cost=Cost(
+                flops=sum(own for own, _ in flops) + fitted.model.forward_flops(len(ids), pool.length),
+                seconds=time.perf_counter() - start,
+                tokens=sum(own for _, own in flops) + tokens,
+            ),
+        )
+
+    result: Manifest = world.same(commit)
+    if world.first:
+        for line in _lines(f"fit {method} stage {stage}", result.info):
+            say(line)
     return result
 
 
-def _drift(
-    recipe: Recipe, world: World, method: str, stage: int, labels: Labels, predicted: npt.NDArray[np.float32]
-) -> dict[str, float | None] | None:
-    """How the predictions for the test labels agree with those of the stage before: has the model's preference moved?
-
-    None where that stage has no model of the kind: nothing but this figure needs one.
-    """
-    earlier = layout_of(recipe).influence_model(method, stage - 1)
-    if stage < 2 or not (earlier / artifact.MANIFEST_NAME).is_file():
-        return None
-    if artifact.load(earlier, "influence model").info["model"] != recipe.fit.model:
-        return None
-    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
-    rows = labels.parts["test"]
-    before = open_model(earlier, recipe, tokenizer, world.device).predict(labels.windows[rows])
-    return agreement(predicted[rows], before)
-
-
 class Labels:
-    """What an influence model is fitted to: samples [n, L], their influences [n] in nats and in SD of the training labels."""
+    """What an influence model is fitted to: samples, their influences [n, R] in nats, and in SD of the training labels."""
 
-    def __init__(
-        self,
-        ids: npt.NDArray[np.int64],
-        values: npt.NDArray[np.float64],
-        windows: npt.NDArray[np.int64],
-        parts: dict[str, npt.NDArray[np.int64]],
-    ) -> None:
+    def __init__(self, samples: Samples, values: Floats, parts: dict[str, npt.NDArray[np.int64]], weights: Mapping[str, float]) -> None:
         """Standardise. ArtifactError for parts that are too small, or labels that are all equal."""
         check_parts(parts)
-        self.ids, self.values, self.windows, self.parts = ids, values, windows, parts
+        self.samples, self.values, self.parts, self.weights = samples, values, parts, dict(weights)
         train = values[parts["train"]]
-        self.mean, self.sd = float(train.mean()), float(train.std())
-        if self.sd == 0:
-            raise ArtifactError("fit: all training labels are equal; the probe found no difference between samples")
-        self.targets = ((values - self.mean) / self.sd).astype(np.float32)
+        self.means, self.sds = train.mean(0), train.std(0)
+        if not self.sds.all():
+            name = list(weights)[int(np.flatnonzero(self.sds == 0)[0])]
+            raise ArtifactError(f"fit: all training labels on {name} are equal; the probe found no difference between samples")
+        self.targets = ((values - self.means) / self.sds).astype(np.float32)
+        self.covariance = np.cov(train.T, bias=True).reshape(len(self.sds), -1)
+        self.join = joining(list(weights.values()), self.covariance)
+        self.joined = np.average(values, axis=1, weights=list(weights.values()))
+        """The weighted mean over the tasks [n], in nats."""
+        own = self.joined[parts["train"]]
+        self.mean, self.sd = float(own.mean()), float(own.std())
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """An influence model, what fitting took, and the errors of its epochs."""
+    """An influence model, what fitting took, the errors of its epochs, and further figures for the manifest."""
 
     model: InfluenceModel
     flops: float
     tokens: int
     history: list[dict[str, float]]
+    info: dict[str, Any] = field(default_factory=dict)
 
 
-def _fit_ngrams(labels: Labels) -> Fitted:
-    features, targets = ngram_features(labels.windows), labels.targets.astype(np.float64)
-    train = labels.parts["train"]
-    ridge = best_ridge(features, targets, train, labels.parts["validation"])
-    length = labels.windows.shape[1]
-    return Fitted(NgramModel(ridge), ridge_flops(len(train), length), len(train) * length, [])
+class _Job:
+    """The fit of one stage."""
+
+    def __init__(self, recipe: Recipe, world: World, method: str, stage: int, labels: Labels, extra: ExtraFeatures) -> None:
+        self.recipe, self.world, self.method, self.stage, self.labels, self.extra = recipe, world, method, stage, labels, extra
+        self._features: sparse.csr_array | None = None
+
+    def fit(self) -> Fitted:
+        """The recipe's model."""
+        if self.recipe.fit.model == "ngram":
+            return self._ngrams()
+        return self._encoder() if self.recipe.fit.model == "encoder" else self._cascade()
+
+    def features_of(self, rows: npt.NDArray[np.int64]) -> sparse.csr_array:
+        """Features of labelled samples, from those of all where these are there."""
+        return all_features(self.labels.samples[rows], self.extra) if self._features is None else self._features[rows]
+
+    def _ngrams(self) -> Fitted:
+        labels, train = self.labels, self.labels.parts["train"]
+        self._features = all_features(labels.samples, self.extra)
+        targets = labels.targets.astype(np.float64)
+        ridges = [best_ridge(self._features, column, train, labels.parts["validation"]) for column in targets.T]
+        length = labels.samples.corpus.length
+        flops = len(ridges) * ridge_flops(len(train), length)
+        return Fitted(NgramModel(tuple(ridges), self.extra), flops, len(train) * length, [])
+
+    def _encoder(self) -> Fitted:
+        recipe, labels, world = self.recipe, self.labels, self.world
+        tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
+        parent = _parent(recipe, self.method, self.stage)
+        reader = encoder_inputs(recipe.fit, tokenizer, tokenizer.vocab_size)
+        torch.manual_seed(key_of(recipe.seed, "fit", self.stage)[0])
+        shape = (labels.values.shape[1], len(self.extra.names))
+        module = load_encoder(parent) if parent else new_encoder(recipe.fit, reader.vocab_size, *shape)
+        if parent and (module.head.out_features, module.extra) != shape:
+            raise ArtifactError(
+                f"{parent}: a model of {module.head.out_features} tasks and {module.extra} extra features, {shape[0]} and {shape[1]} are "
+                "asked for; set fit.warm_start to false"
+            )
+        if world.rank:
+            torch.manual_seed(key_of(recipe.seed, f"fit-rank-{world.rank}", self.stage)[0])  # other dropout than rank 0
+        model = EncoderModel(module.to(world.device), reader, recipe.fit, recipe.score, world.device, self.extra)
+        run = EncoderFit(recipe.fit, model, labels.samples, labels.targets, labels.parts, world, seed=recipe.seed, stage=self.stage)
+        run.train(f"fit {self.method} stage {self.stage}")
+        return Fitted(model, run.flops, run.tokens, run.history, {"warm_started": parent is not None})
+
+    def _cascade(self) -> Fitted:
+        first, second, labels, recipe = self._ngrams(), self._encoder(), self.labels, self.recipe
+        assert isinstance(first.model, NgramModel)
+        assert isinstance(second.model, EncoderModel)
+        assert self._features is not None
+        known = np.concatenate([labels.parts["validation"], labels.parts["test"]])  # on training labels predictions are too good
+        rough = first.model.predict_features(self._features) @ labels.join
+        rows = labels.parts["validation"]
+        read = predict_together(second.model, labels.samples[rows], self.world) @ labels.join
+        share = dropped_share(rough[rows], read, labels.joined[rows], ratio=recipe.select.ratio, bound=recipe.fit.cascade_loss)
+        threshold = float(np.quantile(rough[known], 1 - share)) if share else float(rough.max()) + DROPPED
+        model = CascadeModel(first.model, second.model, threshold, labels.join, share)
+        rank_0 = int(self.world.first)
+        return Fitted(
+            model,
+            second.flops + rank_0 * first.flops,
+            second.tokens + rank_0 * first.tokens,
+            second.history,
+            second.info | {"cascade": self._cost_of_dropping(model, rough)},
+        )
+
+    def _cost_of_dropping(self, model: CascadeModel, rough: Floats) -> dict[str, float]:
+        """On test labels."""
+        rows = self.labels.parts["test"]
+        read, dropped = predict_together(model.encoder, self.labels.samples[rows], self.world), rough[rows] > model.threshold
+        lost = lost_influence(read @ self.labels.join, dropped, self.labels.joined[rows], self.recipe.select.ratio)
+        return {"dropped_share": model.share, "test_dropped_share": float(dropped.mean()), "test_lost_influence": lost}
+
+    def report(self, fitted: Fitted, predicted: Scores) -> dict[str, Any]:
+        """Figures for the manifest."""
+        labels, recipe, test = self.labels, self.recipe, self.labels.parts["test"]
+        joined, nats = undropped(predicted) @ labels.join, labels.joined
+        chosen_by, targets = predicted[test] @ labels.join, (nats[test] - labels.mean) / labels.sd
+        ratio, stage = recipe.select.ratio, self.stage
+        info = {
+            "model": recipe.fit.model,
+            "references": list(labels.weights),
+            "label_weights": labels.weights,
+            "label_covariance_nats2": labels.covariance.tolist(),
+            "label_mean_nats": labels.mean,
+            "label_sd_nats": labels.sd,
+            "labels": {name: len(rows) for name, rows in labels.parts.items()},
+            "agreement": {name: agreement(joined[rows], nats[rows]) for name, rows in labels.parts.items()},
+            "agreement_by_reference": {
+                name: agreement(undropped(predicted)[test, number], labels.values[test, number])
+                for number, name in enumerate(labels.weights)
+            },
+            "sensitivity": _sensitivity(labels, joined),
+            "selection": {"ratio": ratio, **selected_influence(chosen_by, targets, ratio)},
+            "calibration": calibration(joined[test], targets),
+            "drift": self._drift(joined),
+            "epochs": fitted.history,
+            "label_curve": label_curve(self._words_of, nats, labels.parts, recipe.seed, stage),
+            "features": list(self.extra.names),
+            "flops_per_sample": fitted.model.forward_flops(1, recipe.pretrain.sequence_length),
+        }
+        if self.extra.names:
+            info["ablation"] = ablation(self.features_of, self.extra.names, nats, labels.parts, recipe.seed, stage)
+        return info | {"warm_started": False} | fitted.info
+
+    def _words_of(self, rows: npt.NDArray[np.int64]) -> sparse.csr_array:
+        return self.features_of(rows)[:, :BUCKETS]
+
+    def _drift(self, joined: Floats) -> dict[str, float | None] | None:
+        """How the predictions for the test labels agree with those of the stage before: has the model's preference moved?
+
+        None where that stage has no model of the kind: nothing but this figure needs one.
+        """
+        recipe, labels = self.recipe, self.labels
+        earlier = layout_of(recipe).influence_model(self.method, self.stage - 1)
+        if self.stage < 2 or not (earlier / artifact.MANIFEST_NAME).is_file():
+            return None
+        info = artifact.load(earlier, "influence model").info
+        if (info["model"], info["references"]) != (recipe.fit.model, list(labels.weights)):
+            return None
+        tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
+        rows = labels.parts["test"]
+        before = open_model(earlier, recipe, tokenizer, self.world.device).predict(labels.samples[rows])
+        return agreement(joined[rows], undropped(before) @ joining(list(labels.weights.values()), info["label_covariance_nats2"]))
 
 
-def _fit_encoder(recipe: Recipe, world: World, labels: Labels, stage: int, parent: Path | None, label: str) -> Fitted:
-    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
-    reader = encoder_inputs(recipe.fit, tokenizer, tokenizer.vocab_size)
-    torch.manual_seed(key_of(recipe.seed, "fit", stage)[0])
-    module = (load_encoder(parent) if parent else new_encoder(recipe.fit, reader.vocab_size)).to(world.device)
-    model = EncoderModel(module, reader, recipe.fit, recipe.score, world.device)
-    run = EncoderFit(recipe.fit, model, labels.windows, labels.targets, labels.parts, seed=recipe.seed, stage=stage)
-    run.train(label)
-    return Fitted(model, run.flops, run.tokens, run.history)
+def _sensitivity(labels: Labels, joined: Floats) -> dict[str, dict[str, float | None]]:
+    """How the choice depends on each reference task: agreement of the oracle influences joined without it with those of all tasks, and
+    with the predictions, on test labels. Empty where there is one task."""
+    test, names = labels.parts["test"], list(labels.weights)
+    found = {}
+    for left_out in range(len(names)) if len(names) > 1 else ():
+        weights = np.array(list(labels.weights.values()))
+        weights[left_out] = 0
+        without = np.average(labels.values[test], axis=1, weights=weights)
+        found[names[left_out]] = {
+            "oracle_spearman": agreement(without, labels.joined[test])["spearman"],
+            "predicted_spearman": agreement(joined[test], without)["spearman"],
+        }
+    return found
 
 
-def _save(target: Path, model: InfluenceModel, labels: Labels, predicted: npt.NDArray[np.float32]) -> None:
+def _lines(label: str, info: Mapping[str, Any]) -> Iterator[str]:
+    shown = ", ".join(f"{name} {_figure(value)}" for name, value in info["agreement"]["test"].items())
+    worth = info["selection"]
+    yield (
+        f"{label}: on {info['labels']['test']} test labels {shown}; the chosen {worth['ratio']:.0%} have a mean influence of "
+        f"{worth['selected']:+.2f} SD, where chance has {worth['random']:+.2f} and the oracle {worth['oracle']:+.2f}; "
+        f"{curve_line(info['label_curve'])}"
+    )
+    for name, one in info["sensitivity"].items():
+        yield f"{label}: without {name} labels agree with those of all tasks by a Spearman of {_figure(one['oracle_spearman'])}"
+    if "ablation" in info:
+        sets = (f"{' and '.join(one['features']) or 'words alone'} {_figure(one['spearman'])}" for one in info["ablation"])
+        yield f"{label}: an n-gram model's Spearman with extra features: {', '.join(sets)}"
+    if "cascade" in info:
+        one = info["cascade"]
+        yield (
+            f"{label}: the n-gram model drops {one['dropped_share']:.0%} of the candidates, which loses "
+            f"{one['test_lost_influence']:.1%} of the gain in influence on test labels"
+        )
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _save(target: Path, model: InfluenceModel, labels: Labels, predicted: Scores) -> None:
     target.mkdir(parents=True, exist_ok=True)
     model.save(target)
-    part = np.empty(len(labels.ids), object)
+    part = np.empty(len(labels.samples), object)
     for name, rows in labels.parts.items():
         part[rows] = name
-    table = pa.table({"sample_id": labels.ids, "part": part.tolist(), "oracle_nats": labels.values, "predicted_sd": predicted})
+    shown = undropped(predicted)
+    columns = {
+        "sample_id": labels.samples.ids,
+        "part": part.tolist(),
+        "oracle_nats": labels.joined,
+        "predicted_sd": (shown @ labels.join).astype(np.float32),
+    }
+    for number, name in enumerate(labels.weights):
+        columns |= {f"oracle_nats.{name}": labels.values[:, number], f"predicted_sd.{name}": shown[:, number]}
     with artifact.atomic_file(target / PREDICTIONS_FILE) as handle:
-        pq.write_table(table, handle)
+        pq.write_table(pa.table(columns), handle)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from mates.engine.config import FitConfig
-from mates.engine.influence.model import Windows
+from mates.engine.influence.model import Samples
 from mates.preprocess.tokenizer import Tokenizer
 
 TokenIds = npt.NDArray[np.integer[Any]]
@@ -21,16 +21,18 @@ TokenIds = npt.NDArray[np.integer[Any]]
 @dataclass(frozen=True)
 class EncoderBatch:
     """Chunks of a batch of samples: ``ids`` [C, T] int64 and ``mask`` [C, T] bool; ``sample`` [C] says which sample (0 … B − 1) a
-    chunk belongs to. A sample's chunks lie side by side."""
+    chunk belongs to. A sample's chunks lie side by side. ``extra`` [B, F] fp32 are features beside the text."""
 
     ids: torch.Tensor
     mask: torch.Tensor
     sample: torch.Tensor
     samples: int
+    extra: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> EncoderBatch:
         """The batch on a device."""
-        return EncoderBatch(self.ids.to(device), self.mask.to(device), self.sample.to(device), self.samples)
+        extra = None if self.extra is None else self.extra.to(device)
+        return EncoderBatch(self.ids.to(device), self.mask.to(device), self.sample.to(device), self.samples, extra)
 
 
 class EncoderInputs(Protocol):
@@ -40,8 +42,8 @@ class EncoderInputs(Protocol):
     pad: int
     """Id that fills chunks up."""
 
-    def sequences(self, windows: Windows) -> list[TokenIds]:
-        """What the encoder reads of each of some samples [B, L]: token ids of its own vocabulary, as many as it reads at most."""
+    def sequences(self, samples: Samples) -> list[TokenIds]:
+        """What the encoder reads of each of some samples: token ids of its own vocabulary, as many as it reads at most."""
 
 
 def chunk(sequences: Sequence[TokenIds], chunk_tokens: int, pad: int) -> EncoderBatch:
@@ -87,9 +89,9 @@ class CorpusIds:
         self._limit = config.chunk_tokens * config.max_chunks
         self.vocab_size = vocab_size
 
-    def sequences(self, windows: Windows) -> list[TokenIds]:
+    def sequences(self, samples: Samples) -> list[TokenIds]:
         """See :class:`EncoderInputs`."""
-        return list(windows[:, : self._limit])
+        return list(samples.windows[:, : self._limit])
 
 
 class Retokenized:
@@ -103,9 +105,9 @@ class Retokenized:
         self.vocab_size = len(self._encoder_tokenizer)
         self.pad: int = self._encoder_tokenizer.pad_token_id or 0
 
-    def sequences(self, windows: Windows) -> list[TokenIds]:
+    def sequences(self, samples: Samples) -> list[TokenIds]:
         """See :class:`EncoderInputs`. The special tokens that the encoder was pretrained with stand around the whole sample."""
-        texts = [self._tokenizer.decode(window.tolist()) for window in windows]
+        texts = [self._tokenizer.decode(window.tolist()) for window in samples.windows]
         encoded = self._encoder_tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
         return [np.asarray(ids, np.int64) for ids in encoded]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates.engine.baselines.scorers import baseline_request, open_baseline
 from mates.engine.chunks import discard_plan, run_chunks
-from mates.engine.config import Recipe
+from mates.engine.config import INFLUENCE_METHODS, Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import load_array
 from mates.engine.distributed import World
-from mates.engine.influence.model import open_model
+from mates.engine.influence.cascade import undropped
+from mates.engine.influence.model import Samples, Scorer, open_model
 from mates.engine.layout import layout_of
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import open_tokenizer
+
+EMBEDDINGS = "embeddings"  # folder of what semdedup compares, until the scores are complete
 
 
 def score_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -34,10 +39,12 @@ def score_request(recipe: Recipe, method: str, stage: int) -> Request:
         "candidates": [blocks.bounds[stage], blocks.bounds[stage + 1]],
         "sequence_length": recipe.pretrain.sequence_length,
     }
-    inputs = {
-        "corpus": corpus.fingerprint,
-        "influence_model": artifact.load(layout.influence_model(method, stage), "influence model").fingerprint,
-    }
+    inputs = {"corpus": corpus.fingerprint}
+    if method in INFLUENCE_METHODS:
+        inputs["influence_model"] = artifact.load(layout.influence_model(method, stage), "influence model").fingerprint
+    else:
+        more, made_from = baseline_request(recipe, method, stage)
+        settings, inputs = settings | more, inputs | made_from
     return Request(directory=layout.scores(method, stage), kind="scores", settings=settings, inputs=inputs)
 
 
@@ -48,20 +55,15 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     if done:
         return done
     started = time.perf_counter()
-    layout, target = layout_of(recipe), request.directory
-    model_dir = layout.influence_model(method, stage)
-    model_manifest = artifact.load(model_dir, "influence model")
-    corpus = open_corpus(layout.corpus("train"), recipe.pretrain.sequence_length)
+    target = request.directory
+    corpus = open_corpus(layout_of(recipe).corpus("train"), recipe.pretrain.sequence_length)
     blocks = make_blocks(recipe, corpus.samples)
-    tokenizer, _ = open_tokenizer(layout.tokenizer)
-    model = open_model(model_dir, recipe, tokenizer, world.device)
+    scorer, about = _open_scorer(recipe, world, method, stage)
     count, size = blocks.size(stage), recipe.score.chunk_size
 
     def make(number: int, path: Path) -> None:
         ids = blocks.candidates(stage, number * size, (number + 1) * size)
-        scores = model.predict(corpus.stored(ids)[:, :-1])
-        with artifact.atomic_file(path) as handle:
-            np.save(handle, scores[:, None], allow_pickle=False)
+        artifact.write_array(path, scorer.predict(Samples(corpus, ids)))
 
     chunks = -(-count // size)
     seconds = run_chunks(
@@ -74,27 +76,39 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         label=f"score {method} stage {stage}",
         started=started,
     )
-    length = recipe.pretrain.sequence_length
-    cost = Cost(flops=model.forward_flops(count, length), seconds=seconds, tokens=count * length)
+    cost = Cost(flops=scorer.forward_flops(count, corpus.length), seconds=seconds, tokens=count * corpus.length)
 
     def commit() -> Manifest:
-        sums, squares = np.zeros(1), np.zeros(1)
+        columns = len(about["references"])
+        sums, squares = np.zeros(columns), np.zeros(columns)
         for number in range(chunks):
-            shard = read_shard(target, number, (min(size, count - number * size), 1)).astype(np.float64)
+            shard = undropped(read_shard(target, number, (min(size, count - number * size), columns))).astype(np.float64)
             sums, squares = sums + shard.sum(0), squares + (shard**2).sum(0)
         means = sums / count
-        info: dict[str, Any] = {
+        info = about | {
             "samples": count,
-            "references": model_manifest.info["references"],
             "mean_sd": means.tolist(),
             "sd_sd": np.sqrt(np.maximum(squares / count - means**2, 0)).tolist(),
         }
         manifest = request.commit(info=info, cost=cost, files=[shard_name(number) for number in range(chunks)])
         discard_plan(target)
+        shutil.rmtree(target / EMBEDDINGS, ignore_errors=True)
         return manifest
 
     result: Manifest = world.same(commit)
     return result
+
+
+def _open_scorer(recipe: Recipe, world: World, method: str, stage: int) -> tuple[Scorer, dict[str, Any]]:
+    """What scores a method's candidates, and what the manifest says of the columns."""
+    layout = layout_of(recipe)
+    if method not in INFLUENCE_METHODS:
+        return open_baseline(recipe, method, stage, world, layout.scores(method, stage) / EMBEDDINGS), {"references": [method]}
+    directory = layout.influence_model(method, stage)
+    info = artifact.load(directory, "influence model").info
+    tokenizer, _ = open_tokenizer(layout.tokenizer)
+    about = {name: info[name] for name in ("references", "label_covariance_nats2")}
+    return open_model(directory, recipe, tokenizer, world.device), about
 
 
 def shard_name(number: int) -> str:

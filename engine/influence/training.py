@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 
 from mates.engine.config import FitConfig
+from mates.engine.distributed import World
 from mates.engine.influence.encoder import EncoderModel
-from mates.engine.influence.inputs import EncoderBatch, chunk
+from mates.engine.influence.inputs import EncoderBatch
+from mates.engine.influence.model import Samples, predict_together
 from mates.engine.progress import Progress
 from mates.engine.random import KeyedPermutation
 
@@ -26,16 +28,18 @@ class EncoderFit:
         self,
         config: FitConfig,
         model: EncoderModel,
-        windows: npt.NDArray[np.int64],
+        samples: Samples,
         targets: npt.NDArray[np.float32],
         parts: Mapping[str, Rows],
+        world: World,
         *,
         seed: int,
         stage: int,
     ) -> None:
-        """Take samples [n, L] and their influences in label SD [n]; ``parts`` has the rows of each part."""
-        self._config, self._model, self._windows, self._targets, self._parts = config, model, windows, targets, parts
-        self._seed, self._stage = seed, stage
+        """Take samples and their influences in label SD [n, R]; ``parts`` has the rows of each part. Ranks share every batch."""
+        self._config, self._model, self._samples, self._targets, self._parts = config, model, samples, targets, parts
+        self._world, self._seed, self._stage = world, seed, stage
+        self._extra = model.extra.compute(samples)
         self.flops, self.tokens = 0.0, 0
         self.history: list[dict[str, float]] = []
 
@@ -50,19 +54,16 @@ class EncoderFit:
             optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
         )
         best, best_loss = copy.deepcopy(module.state_dict()), float("inf")
-        with Progress(label, self._config.epochs, "epoch") as progress:
+        with Progress(label, self._config.epochs, "epoch", enabled=self._world.first) as progress:
             for epoch in range(self._config.epochs):
                 module.train()
                 losses = []
                 for chosen in self._shuffled(rows, epoch):
                     optimizer.zero_grad(set_to_none=True)
-                    targets = torch.from_numpy(self._targets[chosen]).to(self._model.device)
-                    loss = torch.nn.functional.mse_loss(module(self._batch(chosen)), targets)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    losses.append(self._backward(chosen))
                     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                     optimizer.step()
                     schedule.step()
-                    losses.append(loss.item())
                 module.eval()
                 validation = self._error("validation")
                 self.history.append({"train_mse": float(np.mean(losses)), "validation_mse": validation})
@@ -83,17 +84,39 @@ class EncoderFit:
         for start in range(0, len(order), self._config.batch_size):
             yield order[start : start + self._config.batch_size]
 
+    def _backward(self, chosen: Rows) -> float:
+        """Gradients of the mean squared error of a batch, of which each rank reads a part. Returns the error."""
+        module, device = self._model.module, self._model.device
+        own = chosen[self._world.rank :: self._world.size]
+        loss = torch.zeros((), device=device)
+        if len(own):
+            targets = torch.from_numpy(self._targets[own]).to(device)
+            loss = torch.nn.functional.mse_loss(module(self._batch(own)), targets, reduction="sum") / (len(chosen) * targets.shape[1])
+            loss.backward()  # type: ignore[no-untyped-call]
+        if self._world.size > 1:
+            self._sum_gradients()
+        return float(self._world.total(loss.detach()))
+
+    def _sum_gradients(self) -> None:
+        """Over ranks, in one piece."""
+        parameters = [one for one in self._model.module.parameters() if one.requires_grad]
+        own = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+        flat = self._world.total(torch.cat([one.flatten() for one in own]))
+        start = 0
+        for one in parameters:
+            one.grad = flat[start : start + one.numel()].view_as(one)
+            start += one.numel()
+
     def _batch(self, rows: Rows) -> EncoderBatch:
         """A batch to train on, billed."""
-        reader = self._model.reader
-        batch = chunk(reader.sequences(self._windows[rows]), self._config.chunk_tokens, reader.pad)
+        batch = self._model.batch(self._model.reader.sequences(self._samples[rows]), self._extra[rows])
         self.flops += 3 * self._model.module.shape().forward(tokens=batch.ids.numel(), length=batch.ids.shape[1])
         self.tokens += batch.ids.numel()
-        return batch.to(self._model.device)
+        return batch
 
     def _error(self, part: str) -> float:
-        rows = self._parts[part]
-        windows = self._windows[rows]
-        self.flops += self._model.forward_flops(*windows.shape)
-        self.tokens += windows.size
-        return float(np.mean((self._model.predict(windows) - self._targets[rows]) ** 2))
+        rows, samples = self._parts[part], self._samples[self._parts[part]]
+        if self._world.first:
+            self.flops += self._model.forward_flops(len(samples), samples.corpus.length)
+            self.tokens += len(samples) * samples.corpus.length
+        return float(np.mean((predict_together(self._model, samples, self._world) - self._targets[rows]) ** 2))

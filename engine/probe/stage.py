@@ -393,13 +393,23 @@ def read_labels(directory: Path, weights: Mapping[str, float]) -> tuple[npt.NDAr
     """Sample ids [n] and oracle influences in nats [n] of a labels artifact: the weighted mean over these reference tasks.
 
     Raises:
+        ArtifactError: see :func:`read_influences`.
+    """
+    ids, values, manifest = read_influences(directory, list(weights))
+    return ids, np.average(values, axis=1, weights=list(weights.values())), manifest
+
+
+def read_influences(directory: Path, names: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], Manifest]:
+    """Sample ids [n] and oracle influences in nats [n, R] of a labels artifact, a column for each of these reference tasks.
+
+    Raises:
         ArtifactError: a damaged one, or without one of the tasks.
     """
     manifest = artifact.load(directory, "labels")
     try:
         table = pq.read_table(directory / LABELS_FILE)
-        ids, values = table["sample_id"].to_numpy(), [table[influence_column(name)].to_numpy() for name in weights]
+        ids, values = table["sample_id"].to_numpy(), [table[influence_column(name)].to_numpy() for name in names]
     except (pa.ArrowInvalid, KeyError) as error:
-        columns = ", ".join(map(influence_column, weights))
+        columns = ", ".join(map(influence_column, names))
         raise ArtifactError(f"{directory / LABELS_FILE}: {error}; expected columns sample_id and {columns}") from error
-    return ids, np.average(values, axis=0, weights=list(weights.values())), manifest
+    return ids, np.stack(values, axis=1), manifest

@@ -16,6 +16,7 @@ from mates.engine.config import FitConfig, ScoreConfig
 from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, load_encoder, new_encoder
 from mates.engine.influence.fit import agreement, split_labels
 from mates.engine.influence.inputs import CorpusIds, Retokenized, chunk, groups
+from mates.engine.influence.model import Samples
 from mates.preprocess.tokenizer import open_tokenizer
 
 CONFIG = FitConfig(hidden_size=32, layers=2, heads=4, chunk_tokens=16, max_chunks=2)
@@ -37,18 +38,32 @@ def by_hand(model: InfluenceEncoder, sample: np.ndarray, chunk_tokens: int) -> f
     return float((pooled @ model.head.weight[0] + model.head.bias[0]).detach())
 
 
+class Given:
+    """A corpus of given samples."""
+
+    def __init__(self, windows: np.ndarray) -> None:
+        self._windows, self.length = windows, windows.shape[1]
+
+    def stored(self, ids: np.ndarray) -> np.ndarray:
+        return np.pad(self._windows[ids], ((0, 0), (0, 1)))
+
+
+def samples_of(windows: np.ndarray) -> Samples:
+    return Samples(Given(windows), np.arange(len(windows)))  # type: ignore[arg-type]
+
+
 def test_forward_is_the_mean_over_chunks_of_an_unpadded_bert(model: InfluenceEncoder) -> None:
     source = np.random.default_rng(0)
     samples = [source.integers(0, 100, length) for length in (32, 20, 16, 5, 1)]
     with torch.no_grad():
-        found = model(chunk(samples, CONFIG.chunk_tokens, pad=0)).tolist()
+        found = model(chunk(samples, CONFIG.chunk_tokens, pad=0))[:, 0].tolist()
     assert found == pytest.approx([by_hand(model, sample, CONFIG.chunk_tokens) for sample in samples], abs=1e-5)
 
 
 def test_what_lies_beyond_the_last_chunk_is_not_read(model: InfluenceEncoder) -> None:
     sample = np.arange(50) % 100
     scorer = EncoderModel(model, CorpusIds(CONFIG, 100), CONFIG, ScoreConfig(), torch.device("cpu"))
-    assert scorer.predict(sample[None]).tolist() == scorer.predict(sample[None, :32]).tolist()
+    assert scorer.predict(samples_of(sample[None])).tolist() == scorer.predict(samples_of(sample[None, :32])).tolist()
 
 
 def test_save_and_load_keep_every_bit(model: InfluenceEncoder, tmp_path: Path) -> None:
@@ -62,7 +77,7 @@ def test_scores_do_not_depend_on_the_batch(model: InfluenceEncoder) -> None:
     reader = CorpusIds(CONFIG, 100)
     samples = np.random.default_rng(1).integers(0, 100, (50, 32))
     models = [EncoderModel(model, reader, CONFIG, ScoreConfig(batch_tokens=size), torch.device("cpu")) for size in (1, 200, 10_000)]
-    scores = [one.predict(samples) for one in models]
+    scores = [one.predict(samples_of(samples)) for one in models]
     assert all(np.abs(scores[0] - other).max() <= 1e-5 for other in scores[1:])
     assert scores[0].dtype == np.float32
 
@@ -72,8 +87,8 @@ class Ragged:
 
     vocab_size, pad = 100, 0
 
-    def sequences(self, windows: Any) -> list[Any]:
-        return [window[: window[0]] for window in windows]
+    def sequences(self, samples: Samples) -> list[Any]:
+        return [window[: window[0]] for window in samples.windows]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
@@ -83,7 +98,7 @@ def test_samples_of_any_lengths_are_scored_as_alone(model: InfluenceEncoder, bud
     samples[:, 0] = source.integers(1, 41, 60)
     scorer = EncoderModel(model, Ragged(), CONFIG, ScoreConfig(batch_tokens=budget), torch.device("cpu"))
     expected = [by_hand(model, sample[: sample[0]], CONFIG.chunk_tokens) for sample in samples]
-    assert scorer.predict(samples) == pytest.approx(expected, abs=1e-5)
+    assert scorer.predict(samples_of(samples))[:, 0] == pytest.approx(expected, abs=1e-5)
 
 
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=40), budget=st.integers(1, 300))
@@ -93,7 +108,7 @@ def test_groups_hold_every_sequence_once_and_keep_to_the_budget(lengths: list[in
     assert sorted(np.concatenate(found).tolist()) == list(range(len(lengths)))
     for rows in found:
         assert len(rows) == 1 or chunk([sequences[row] for row in rows], 16, 0).ids.numel() <= budget
-    flat = [lengths[row] for rows in found for row in rows]
+    flat = [max(1, lengths[row]) for rows in found for row in rows]  # an empty one takes a place
     assert flat == sorted(flat, reverse=True)
 
 
@@ -109,16 +124,15 @@ def test_an_encoder_with_its_own_tokenizer(bpe_dir: Path, texts: list[str], tmp_
     reader = Retokenized(config, tokenizer, tmp_path)
     text = texts[0]
     ids = tokenizer.encode_batch([text])[0]
-    batch = chunk(reader.sequences(ids[None]), config.chunk_tokens, reader.pad)
+    batch = chunk(reader.sequences(samples_of(ids[None])), config.chunk_tokens, reader.pad)
     unknown, cls, sep = 1, 2, 3
     assert batch.ids[0, 0] == cls
     last = batch.ids[-1][batch.mask[-1]][-1].item()
     assert last == sep or int(batch.mask.sum()) == config.chunk_tokens * config.max_chunks
     assert {int(value) for value in batch.ids[batch.mask]} - {unknown, cls, sep} <= set(range(5, 5 + len(words)))
-    score = EncoderModel(new_encoder(config, reader.vocab_size).eval(), reader, config, ScoreConfig(), torch.device("cpu")).predict(
-        ids[None]
-    )
-    assert score.shape == (1,)
+    model = EncoderModel(new_encoder(config, reader.vocab_size).eval(), reader, config, ScoreConfig(), torch.device("cpu"))
+    score = model.predict(samples_of(ids[None]))
+    assert score.shape == (1, 1)
     assert np.isfinite(score).all()
 
 

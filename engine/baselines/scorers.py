@@ -1,0 +1,254 @@
+"""Baselines as scorers of a stage's candidates: what each is made from, and how it is opened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mates.engine.baselines.dsir import Dsir
+from mates.engine.baselines.quality import QualityClassifier
+from mates.engine.baselines.ratings import Ratings, read_ratings
+from mates.engine.baselines.semdedup import cluster, similarities
+from mates.engine.chunks import run_chunks
+from mates.engine.config import Recipe
+from mates.engine.data.blocks import make_blocks
+from mates.engine.data.corpus import Corpus, open_corpus
+from mates.engine.data.index import load_array
+from mates.engine.distributed import World
+from mates.engine.flops import decoder_forward
+from mates.engine.influence.features import feature_inputs, item_tokens, pieces
+from mates.engine.influence.model import Floats, Ids, Samples, Scorer, Scores
+from mates.engine.layout import layout_of
+from mates.engine.pretrain import checkpoint
+from mates.engine.pretrain.model import at_least_fp32, build_uninitialised, model_config, padded_vocabulary, reset_at_documents
+from mates.engine.pretrain.shapes import resolve_shape
+from mates.engine.random import KeyedPermutation
+from mates.engine.reference.task import open_references
+from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError, Json
+from mates.preprocess.inputs import find_inputs
+from mates.preprocess.readers import ReadOptions, read_texts
+from mates.preprocess.tokenizer import open_tokenizer
+
+RAW_SAMPLES = 50_000  # samples of the pool that stand for the raw text, at most
+OF_CHECKPOINT = ("perplexity", "semdedup")
+
+
+def baseline_request(recipe: Recipe, method: str, stage: int) -> tuple[dict[str, Json], dict[str, str]]:
+    """Settings and inputs that a baseline's scores depend on."""
+    layout, config = layout_of(recipe), recipe.baselines
+    settings: dict[str, Json] = {"scorer": method}
+    if method in OF_CHECKPOINT:
+        if method == "semdedup":
+            settings["clusters"] = config.semdedup_clusters
+        return settings, {"checkpoint": artifact.load(layout.checkpoint(method, stage - 1), "checkpoint").fingerprint}
+    if method == "ratings":
+        assert config.ratings is not None
+        return settings, {"ratings": _digest(Path(config.ratings))}
+    if method == "quality":
+        settings["quality_samples"] = config.quality_samples
+        if config.quality_sources:
+            pool = artifact.load(layout.corpus("pool"), "corpus").fingerprint
+            return settings, {"pool": pool} | {file.name: _digest(Path(file.name)) for file in find_inputs(config.quality_sources)}
+    return settings, feature_inputs(recipe)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return artifact.digest_of(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def open_baseline(recipe: Recipe, method: str, stage: int, world: World, directory: Path) -> Scorer:
+    """The scorer of a method that needs no influence model; ``directory`` is where semdedup keeps the embeddings that it compares."""
+    corpus = open_corpus(layout_of(recipe).corpus("train"), recipe.pretrain.sequence_length)
+    if method == "dsir":
+        pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
+        items = (tokens for reference in open_references(recipe) for tokens in item_tokens(reference))
+        return _Plain(Dsir.fit(items, pieces(pool, _raw_samples(recipe, pool, RAW_SAMPLES))).scores, flops_per_ngram=2)
+    if method == "quality":
+        return _Plain(_quality(recipe).scores, flops_per_ngram=2)
+    if method == "ratings":
+        assert recipe.baselines.ratings is not None
+        return _Known(read_ratings(Path(recipe.baselines.ratings), corpus.samples))
+    model = _Checkpoint(recipe, layout_of(recipe).checkpoint(method, stage - 1), corpus, world)
+    return model if method == "perplexity" else _semdedup(recipe, stage, model, corpus, world, directory)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """Scores from tokens by a formula over n-grams."""
+
+    scores: Callable[[npt.NDArray[np.integer[Any]]], Floats]
+    flops_per_ngram: int
+
+    def predict(self, samples: Samples) -> Scores:
+        """See :class:`Scorer`."""
+        return self.scores(samples.windows)[:, None].astype(np.float32)
+
+    def forward_flops(self, samples: int, length: int) -> float:
+        """See :class:`Scorer`."""
+        return float(self.flops_per_ngram * samples * (2 * length - 1))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Scores out of a file."""
+
+    ratings: Ratings
+
+    def predict(self, samples: Samples) -> Scores:
+        """See :class:`Scorer`."""
+        return self.ratings.scores(samples.ids)[:, None].astype(np.float32)
+
+    def forward_flops(self, samples: int, length: int) -> float:
+        """See :class:`Scorer`."""
+        return 0.0
+
+
+class _Checkpoint:
+    """The language model before a stage: scores are the losses of samples in nats a token."""
+
+    def __init__(self, recipe: Recipe, directory: Path, corpus: Corpus, world: World) -> None:
+        vocabulary, self._device = corpus.info("tokenizer"), world.device
+        self._shape = resolve_shape(recipe.model)
+        self._rows = padded_vocabulary(vocabulary["vocab_size"], recipe.model.vocab_multiple)
+        world.same(lambda: artifact.verify(directory, below=f"{checkpoint.STATE}/"))
+        self._model = build_uninitialised(model_config(self._shape, self._rows, vocabulary["end_of_document"])).to(world.device).eval()
+        state, _ = checkpoint.read_state(directory, dtype=torch.float32, device=world.device)
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(state.weights[name])
+        if recipe.pretrain.reset_at_documents:
+            reset_at_documents(self._model, vocabulary["end_of_document"])
+        self._batch = recipe.evaluate.batch_size
+        is_bf16 = recipe.pretrain.precision == "bf16" and world.device.type == "cuda"  # CPUs take long over it
+        self._autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+    @property
+    def width(self) -> int:
+        """Of an embedding."""
+        return self._shape.hidden_size
+
+    def predict(self, samples: Samples) -> Scores:
+        """See :class:`Scorer`."""
+        scores = np.empty((len(samples), 1), np.float32)
+        for start, windows in self._batches(samples):
+            logits = at_least_fp32(self._model(input_ids=windows[:, :-1]).logits)
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+            scores[start : start + len(windows), 0] = losses.cpu().numpy()
+        return scores
+
+    def embeddings(self, samples: Samples) -> Scores:
+        """Mean over a sample's tokens of the last hidden state: [n, D] float32."""
+        found = np.empty((len(samples), self.width), np.float32)
+        for start, windows in self._batches(samples):
+            hidden = self._model.base_model(input_ids=windows[:, :-1]).last_hidden_state  # type: ignore[operator]
+            found[start : start + len(windows)] = hidden.float().mean(1).cpu().numpy()
+        return found
+
+    def _batches(self, samples: Samples) -> Iterator[tuple[int, torch.Tensor]]:
+        with torch.no_grad(), self._autocast:
+            for start in range(0, len(samples), self._batch):
+                windows = samples.corpus.windows(samples.ids[start : start + self._batch])
+                yield start, torch.from_numpy(windows).to(self._device)
+
+    def forward_flops(self, samples: int, length: int) -> float:
+        """See :class:`Scorer`."""
+        return decoder_forward(self._shape, self._rows, tokens=samples * length, length=length)
+
+
+@dataclass(frozen=True)
+class _Similarities:
+    """SemDeDup's scores of a stage's candidates, by sorted ids."""
+
+    ids: Ids
+    values: npt.NDArray[np.float32]
+    model: _Checkpoint
+
+    def predict(self, samples: Samples) -> Scores:
+        """See :class:`Scorer`."""
+        return self.values[np.searchsorted(self.ids, samples.ids), None]
+
+    def forward_flops(self, samples: int, length: int) -> float:
+        """See :class:`Scorer`. Of the embeddings; k-means and comparisons are left out."""
+        return self.model.forward_flops(samples, length)
+
+
+def _semdedup(recipe: Recipe, stage: int, model: _Checkpoint, corpus: Corpus, world: World, directory: Path) -> _Similarities:
+    """Embed the candidates in chunks, cluster them, and compare those of a cluster; ranks share chunks and clusters."""
+    blocks, size = make_blocks(recipe, corpus.samples), recipe.score.chunk_size
+    count = blocks.size(stage)
+    settings, inputs = baseline_request(recipe, "semdedup", stage)
+
+    def make(number: int, path: Path) -> None:
+        ids = blocks.candidates(stage, number * size, (number + 1) * size)
+        artifact.write_array(path, model.embeddings(Samples(corpus, ids)))
+
+    def name(number: int) -> str:
+        return f"{number:06d}.npy"
+
+    chunks = -(-count // size)
+    plan = {"settings": settings | {"chunk_size": size, "stage": stage, "candidates": count, "seed": recipe.seed}, "inputs": inputs}
+    label = f"score semdedup stage {stage}: embeddings"
+    run_chunks(directory, plan=plan, chunks=chunks, file_name=name, make=make, world=world, label=label, started=time.perf_counter())
+    embeddings = np.concatenate([load_array(directory / name(number), np.dtype(np.float32), 2) for number in range(chunks)])
+    clusters = recipe.baselines.semdedup_clusters or max(1, round(count**0.5))
+    found = world.same(lambda: cluster(embeddings, clusters, seed=recipe.seed))
+    own = world.gathered(lambda: similarities(embeddings, found, range(world.rank, clusters, world.size)))
+    ids = blocks.candidates(stage)
+    order = np.argsort(ids)
+    return _Similarities(ids[order], np.fmax.reduce(own)[order].astype(np.float32), model)
+
+
+def _raw_samples(recipe: Recipe, pool: Corpus, most: int) -> Ids:
+    return np.sort(KeyedPermutation(pool.samples, recipe.seed, "raw-text", 0)(np.arange(min(pool.samples, most))))
+
+
+def _quality(recipe: Recipe) -> QualityClassifier:
+    """A classifier of good text against samples of the pool, as many of each."""
+    layout, config, length = layout_of(recipe), recipe.baselines, recipe.pretrain.sequence_length
+    pool = open_corpus(layout.corpus("pool"), length)
+    good = _packed(_good_tokens(recipe), length, config.quality_samples)
+    if len(good) < 2:
+        source = ", ".join(config.quality_sources) or "the reference tasks' items"
+        raise ArtifactError(
+            f"{source}: {len(good)} samples of {length} tokens of good text, at least 2 are needed; see baselines.quality_sources"
+        )
+    negatives = np.concatenate(list(pieces(pool, _raw_samples(recipe, pool, config.quality_samples))))
+    return QualityClassifier.fit(good, negatives)
+
+
+def _good_tokens(recipe: Recipe) -> Iterator[npt.NDArray[np.integer[Any]]]:
+    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
+    end = np.array([tokenizer.end_of_document])
+    if not recipe.baselines.quality_sources:
+        for reference in open_references(recipe):
+            for tokens in item_tokens(reference):
+                yield from (tokens, end)
+        return
+    for file in find_inputs(recipe.baselines.quality_sources):
+        for text in read_texts(file, ReadOptions(text_field=recipe.corpus.text_field)):
+            yield from (tokenizer.encode_batch([text])[0], end)
+
+
+def _packed(texts: Iterator[npt.NDArray[np.integer[Any]]], length: int, most: int) -> npt.NDArray[np.int64]:
+    """Token sequences one after the other, cut into at most so many windows [n, L]."""
+    held: list[npt.NDArray[np.integer[Any]]] = []
+    count = 0
+    for tokens in texts:
+        held.append(tokens)
+        count += len(tokens)
+        if count >= most * length:
+            break
+    joined = np.concatenate(held).astype(np.int64) if held else np.empty(0, np.int64)
+    windows = min(most, len(joined) // length)
+    return joined[: windows * length].reshape(windows, length)

@@ -1,0 +1,161 @@
+"""What an influence model can see of a sample beside its words: how hard it is, and how near to the reference tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates.engine.baselines.dsir import Dsir
+from mates.engine.baselines.ngram_lm import NgramLanguageModel
+from mates.engine.config import Recipe
+from mates.engine.data.corpus import Corpus, open_corpus
+from mates.engine.data.index import load_array
+from mates.engine.influence.model import Samples
+from mates.engine.layout import layout_of
+from mates.engine.probe.stage import label_weights, probed_samples
+from mates.engine.random import KeyedPermutation
+from mates.engine.reference.task import Reference, open_references, reference_folders
+from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError
+
+FEATURES_FILE = "features.json"
+DIFFICULTY = "difficulty"
+POOL_SAMPLES = 50_000  # samples of the pool that n-grams are counted in, at most
+LEAST_SAMPLES = 50
+BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class ExtraFeatures:
+    """Features of samples, each standardised over the probed samples.
+
+    ``difficulty`` is the loss under a bigram language model of the pool, in nats a token; ``relevance.TASK`` is DSIR's importance weight of
+    a task's text over the pool's, in nats an n-gram.
+    """
+
+    language_model: NgramLanguageModel | None = None
+    ratios: dict[str, Dsir] = field(default_factory=dict)
+    standard: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)))
+    """[2, F], mean and SD of each."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the features [F]."""
+        return (*((DIFFICULTY,) if self.language_model else ()), *(f"relevance.{name}" for name in self.ratios))
+
+    def compute(self, samples: Samples) -> npt.NDArray[np.float32]:
+        """Features [n, F] of samples, each independent of the others."""
+        result = np.empty((len(samples), len(self.names)), np.float32)
+        for start in range(0, len(samples) if self.names else 0, BLOCK):
+            raw = self._raw(samples[start : start + BLOCK])
+            result[start : start + BLOCK] = (raw - self.standard[0]) / self.standard[1]
+        return result
+
+    def _raw(self, samples: Samples) -> npt.NDArray[np.float64]:
+        windows = samples.windows
+        columns = [self.language_model.losses(windows)] if self.language_model else []
+        return np.stack([*columns, *(ratio.relevance(windows) for ratio in self.ratios.values())], axis=1)
+
+    def standardised(self, samples: Samples) -> ExtraFeatures:
+        """The same with means and SDs over some samples."""
+        raw = np.concatenate([self._raw(samples[start : start + BLOCK]) for start in range(0, len(samples), BLOCK)])
+        spread = raw.std(0)
+        return ExtraFeatures(self.language_model, self.ratios, np.stack([raw.mean(0), np.where(spread > 0, spread, 1.0)]))
+
+    def flops(self, samples: int, length: int) -> float:
+        """FLOPs of computing them for samples of ``length`` tokens: a look-up and an addition for each n-gram."""
+        return 2.0 * samples * ((length - 1 if self.language_model else 0) + len(self.ratios) * (2 * length - 1))
+
+    def save(self, directory: Path) -> None:
+        """Write what :meth:`load` reads; nothing where there are no features."""
+        if not self.names:
+            return
+        artifact.write_json(directory / FEATURES_FILE, {"features": self.names})
+        artifact.write_array(directory / "features-standard.npy", self.standard)
+        for name, ratio in self.ratios.items():
+            artifact.write_array(directory / f"features-relevance.{name}.npy", ratio.tables)
+        for name, values in self.language_model.arrays.items() if self.language_model else ():
+            artifact.write_array(directory / f"features-difficulty.{name}.npy", values)
+
+    @classmethod
+    def load(cls, directory: Path) -> ExtraFeatures:
+        """What :meth:`save` wrote. ArtifactError where it is something else."""
+        if not (directory / FEATURES_FILE).is_file():
+            return NO_FEATURES
+        names = artifact.read_json(directory / FEATURES_FILE)["features"]
+
+        def read(name: str, dtype: npt.DTypeLike, axes: int = 1) -> npt.NDArray[Any]:
+            return np.array(load_array(directory / f"features-{name}.npy", np.dtype(dtype), axes))
+
+        try:
+            model = None
+            if DIFFICULTY in names:
+                dtypes = {"starts": np.int64, "followers": np.uint32, "counts": np.int64}
+                model = NgramLanguageModel.from_arrays({name: read(f"difficulty.{name}", dtype) for name, dtype in dtypes.items()})
+            tasks = [name.removeprefix("relevance.") for name in names if name != DIFFICULTY]
+            ratios = {task: Dsir.from_array(read(f"relevance.{task}", np.float64)) for task in tasks}
+            found = cls(model, ratios, read("standard", np.float64, 2))
+        except ValueError as error:
+            raise ArtifactError(f"{directory}: extra features that cannot be read ({error}); fit the model again") from error
+        if found.standard.shape != (2, len(names)):
+            raise ArtifactError(
+                f"{directory}: means and SDs of shape {found.standard.shape}, expected (2, {len(names)}); fit the model again"
+            )
+        return found
+
+
+NO_FEATURES = ExtraFeatures()
+
+
+def feature_inputs(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints of what features are made from."""
+    references = [artifact.load(folder, "reference") for folder in reference_folders(recipe)]
+    found = {f"reference.{one.settings['name']}": one.fingerprint for one in references}
+    return found | {"pool": artifact.load(layout_of(recipe).corpus("pool"), "corpus").fingerprint}
+
+
+def make_features(recipe: Recipe, stage: int) -> ExtraFeatures:
+    """The features that a recipe's influence model of a stage sees.
+
+    N-grams are counted in samples of the pool that are not probed: those that a model is fitted to would seem easier than candidates are.
+    """
+    if not recipe.fit.features:
+        return NO_FEATURES
+    pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
+    others = unprobed_samples(recipe, pool, stage)
+    model, ratios = None, {}
+    if DIFFICULTY in recipe.fit.features:
+        model = NgramLanguageModel.fit(pieces(pool, others), pool.info("tokenizer")["vocab_size"])
+    if "relevance" in recipe.fit.features:
+        tasks = label_weights(recipe)
+        ratios = {one.name: Dsir.fit(item_tokens(one), pieces(pool, others)) for one in open_references(recipe) if one.name in tasks}
+    return ExtraFeatures(model, ratios).standardised(Samples(pool, probed_samples(recipe, pool.samples, stage)))
+
+
+def unprobed_samples(recipe: Recipe, pool: Corpus, stage: int) -> npt.NDArray[np.int64]:
+    """Ids of pool samples that are not probed at a stage. ArtifactError where there are hardly any."""
+    probed = recipe.probe.samples
+    left = min(pool.samples - probed, POOL_SAMPLES)
+    if left < LEAST_SAMPLES:
+        raise ArtifactError(
+            f"{pool.directory}: {left} samples in the pool beside the {probed} that are probed, at least {LEAST_SAMPLES} are needed to "
+            f"count n-grams in; enlarge corpus.pool_share (now {recipe.corpus.pool_share}) or probe fewer"
+        )
+    return np.sort(KeyedPermutation(pool.samples, recipe.seed, "probe", stage)(np.arange(probed, probed + left)))
+
+
+def pieces(corpus: Corpus, ids: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.integer[Any]]]:
+    """Tokens of samples, some [m, L] at a time."""
+    for start in range(0, len(ids), BLOCK):
+        yield corpus.stored(ids[start : start + BLOCK])[:, :-1]
+
+
+def item_tokens(reference: Reference) -> Iterator[npt.NDArray[np.integer[Any]]]:
+    """Tokens of each item of a reference."""
+    for start, stop in zip(reference.offsets[:-1], reference.offsets[1:], strict=True):
+        yield reference.tokens[start:stop]
