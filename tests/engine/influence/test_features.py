@@ -1,0 +1,121 @@
+"""Extra features: against their definitions, through a save and a load, and made of samples that are not probed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic_run import REFERENCE, build_data, build_step, make_recipe
+
+from mates.engine.baselines.dsir import Dsir
+from mates.engine.baselines.ngram_lm import NgramLanguageModel
+from mates.engine.config import FitConfig, ProbeConfig, Recipe
+from mates.engine.data.corpus import open_corpus
+from mates.engine.distributed import World
+from mates.engine.influence.encoder import EncoderModel, load_encoder
+from mates.engine.influence.features import (
+    FEATURES_FILE,
+    NO_FEATURES,
+    ExtraFeatures,
+    feature_inputs,
+    item_tokens,
+    make_features,
+    unprobed_samples,
+)
+from mates.engine.influence.fit import fit_stage
+from mates.engine.influence.model import Samples, open_model
+from mates.engine.layout import layout_of
+from mates.engine.loop import Step
+from mates.engine.probe.stage import probed_samples
+from mates.engine.reference.task import open_references
+from mates.preprocess.artifact import ArtifactError
+from mates.preprocess.tokenizer import open_tokenizer
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    made = make_recipe(tmp_path_factory.mktemp("features"), fit=FitConfig(hidden_size=32, epochs=1, features=["difficulty", "relevance"]))
+    build_data(made)
+    for verb in ("select", "pretrain", "evaluate"):
+        build_step(made, Step(verb, "shared", 0))
+    build_step(made, Step("probe", "mates", 1))
+    return made
+
+
+def test_they_are_what_they_are_called(recipe: Recipe) -> None:
+    pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
+    probed, others = probed_samples(recipe, pool.samples, 1), unprobed_samples(recipe, pool, 1)
+    assert not set(probed.tolist()) & set(others.tolist())
+    assert len(probed) + len(others) == pool.samples
+    raw = pool.windows(others)[:, :-1]
+    (reference,) = open_references(recipe)
+    found = make_features(recipe, 1)
+    assert found.names == ("difficulty", f"relevance.{REFERENCE}")
+    windows = pool.windows(probed)[:, :-1]
+    losses = NgramLanguageModel.fit([raw], pool.info("tokenizer")["vocab_size"]).losses(windows)
+    weights = Dsir.fit(item_tokens(reference), [raw]).relevance(windows)
+    expected = np.stack([losses, weights], axis=1)
+    expected = (expected - expected.mean(0)) / expected.std(0)
+    values = found.compute(Samples(pool, probed))
+    assert values.dtype == np.float32
+    assert values == pytest.approx(expected, abs=1e-5)
+    assert found.compute(Samples(pool, probed[3:5])).tolist() == values[3:5].tolist()
+    assert sum(len(tokens) for tokens in item_tokens(reference)) == len(reference.tokens)
+
+
+def test_save_and_load(recipe: Recipe, tmp_path: Path) -> None:
+    found = make_features(recipe, 1)
+    found.save(tmp_path)
+    pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
+    samples = Samples(pool, np.arange(10))
+    assert np.array_equal(ExtraFeatures.load(tmp_path).compute(samples), found.compute(samples))
+    np.save(tmp_path / "features-standard.npy", np.zeros((2, 5)))
+    with pytest.raises(ArtifactError, match=r"means and SDs of shape \(2, 5\), expected \(2, 2\); fit the model again"):
+        ExtraFeatures.load(tmp_path)
+    np.save(tmp_path / f"features-relevance.{REFERENCE}.npy", np.zeros(3))
+    with pytest.raises(ArtifactError, match="extra features that cannot be read"):
+        ExtraFeatures.load(tmp_path)
+
+
+def test_none_leave_nothing_behind(recipe: Recipe, tmp_path: Path) -> None:
+    assert make_features(replace(recipe, fit=FitConfig()), 1) is NO_FEATURES
+    NO_FEATURES.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert ExtraFeatures.load(tmp_path) is NO_FEATURES
+    pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
+    assert NO_FEATURES.compute(Samples(pool, np.arange(7))).shape == (7, 0)
+
+
+def test_a_pool_that_is_probed_whole_is_refused(recipe: Recipe) -> None:
+    pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
+    greedy = replace(recipe, probe=ProbeConfig(samples=pool.samples - 3))
+    with pytest.raises(ArtifactError, match=rf"3 samples in the pool beside the {pool.samples - 3} that are probed, at least 50 are needed"):
+        unprobed_samples(greedy, pool, 1)
+
+
+def test_an_encoder_sees_them(recipe: Recipe) -> None:
+    """Its head has a column for each, through fit, save and load, and its predictions are those by hand."""
+    fit_stage(recipe, WORLD, "mates", 1)
+    directory = layout_of(recipe).influence_model("mates", 1)
+    assert (directory / FEATURES_FILE).is_file()
+    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
+    model = open_model(directory, recipe, tokenizer, WORLD.device)
+    assert isinstance(model, EncoderModel)
+    pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
+    samples = Samples(pool, np.arange(6))
+    module = load_encoder(directory).eval()
+    assert module.head.in_features == 32 + 2
+    with torch.no_grad():
+        pooled = module.encoder(input_ids=torch.from_numpy(pool.windows(samples.ids)[:, :-1])).last_hidden_state.mean(1)
+        expected = module.head(torch.cat([pooled, torch.from_numpy(model.extra.compute(samples))], dim=1)).numpy()
+    assert model.predict(samples) == pytest.approx(expected, abs=1e-5)
+    assert model.forward_flops(1, 32) > replace(model, extra=NO_FEATURES).forward_flops(1, 32)
+
+
+def test_other_references_make_another_model(recipe: Recipe) -> None:
+    assert set(feature_inputs(recipe)) == {f"reference.{REFERENCE}", "pool"}
