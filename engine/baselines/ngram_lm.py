@@ -22,7 +22,7 @@ Counted = tuple[npt.NDArray[np.uint64], Integers]
 
 @dataclass(frozen=True)
 class NgramLanguageModel:
-    """Interpolated Kneser–Ney of order two (Chen & Goodman, "An empirical study of smoothing techniques", 1999, equation 24).
+    """Kneser–Ney of order two (ICASSP 1995), interpolated as by Chen & Goodman (Computer Speech & Language, 1999).
 
     p(b|a) = max(c(ab) − D, 0) / c(a·) + D·N(a·) / c(a·)·p₁(b), c(ab) the count of a bigram, c(a·) its sum over b, N(a·) the number of
     different b after a, and D = 0.75. After an a that was never seen, p(b|a) = p₁(b).

@@ -97,6 +97,7 @@ def test_arrays_are_saved_and_opened(fitted: NgramLanguageModel) -> None:
         ("starts", lambda values: values[:9]),
         ("starts", lambda values: values.astype(np.int32)),
         ("starts", lambda values: values[::-1]),
+        ("starts", lambda values: values[[0, 2, 1, *range(3, len(values))]]),
         ("followers", lambda values: values + np.uint32(VOCABULARY)),
         ("followers", lambda values: values[:-1]),
         ("counts", lambda values: values[:-1]),

@@ -110,3 +110,11 @@ def test_embeddings_without_a_direction_are_refused(value: float, monkeypatch: p
 def test_an_empty_cluster_has_no_samples() -> None:
     clusters = Clusters(np.eye(3, dtype=np.float32), np.array([0, 2, 2], np.int32))
     assert similarities(np.eye(3, dtype=np.float32)[[0, 2, 2]], clusters).tolist() == [-1, -1, 1]
+
+
+def test_rounding_takes_no_similarity_above_one() -> None:
+    once = random_embeddings(200)
+    twice = np.concatenate([once, once])
+    found = similarities(twice, Clusters(np.eye(12, dtype=np.float32)[:1], np.zeros(400, np.int32)))
+    assert found.max() == 1
+    assert np.count_nonzero(found > 1 - 1e-6) == 200

@@ -94,7 +94,9 @@ def test_none_leave_nothing_behind(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_pool_that_is_probed_whole_is_refused(recipe: Recipe) -> None:
     pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
     greedy = replace(recipe, probe=ProbeConfig(samples=pool.samples - 3))
-    with pytest.raises(ArtifactError, match=rf"3 samples in the pool beside the {pool.samples - 3} that are probed, at least 50 are needed"):
+    with pytest.raises(
+        ArtifactError, match=rf"3 samples in the pool beside the {pool.samples - 3} that are probed, at least 50 are needed"
+    ):
         unprobed_samples(greedy, pool, 1)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from ranks import in_threads
 from synthetic_run import build_data, build_step, make_recipe
 
 from mates.engine.config import Recipe as Recipes
@@ -175,39 +174,6 @@ def test_near_duplicates_are_dropped(recipe: Recipes) -> None:
     """Copied documents that begin elsewhere in a window are found where windows share most of their runs of tokens."""
     low, high = (selected(asked(recipe, duplicates="near", duplicate_similarity=share), "mates")[1] for share in (0.3, 0.999))
     assert low.info["candidates_left"] < high.info["candidates_left"] <= 200
-
-
-def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
-    """What every rank of a world of threads returns."""
-    box: dict[str, Any] = {}
-    barrier, results = threading.Barrier(size, timeout=60), [None] * size
-
-    class Ranks(World):
-        def gathered(self, make: Callable[[], Any]) -> list[Any]:
-            box[str(self.rank)] = make()
-            barrier.wait()
-            found = [box[str(rank)] for rank in range(size)]
-            barrier.wait()
-            return found
-
-        def same(self, make: Callable[[], Any]) -> Any:
-            return self.gathered(make if self.first else lambda: None)[0]
-
-        def total(self, values: torch.Tensor) -> torch.Tensor:
-            return torch.stack(self.gathered(lambda: values.clone())).sum(0)
-
-        def barrier(self) -> None:
-            barrier.wait()
-
-    def run(rank: int) -> None:
-        results[rank] = work(Ranks(rank, size, torch.device("cpu")))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def every_way() -> Iterator[tuple[str, dict[str, Any]]]:
