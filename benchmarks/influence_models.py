@@ -141,7 +141,7 @@ def fit(recipe: Recipe, name: str, config: FitConfig) -> tuple[Recipe, artifact.
 def throughput(recipes: Mapping[str, Recipe]) -> dict[str, list[float]]:
     """Samples a second of each model, in turn. GateError where a sample's score depends on the others."""
     from mates.engine.data.blocks import make_blocks
-    from mates.engine.influence.model import Samples, open_model
+    from mates.engine.influence.model import Samples, open_model, predict
     from mates.engine.layout import layout_of
     from mates.engine.pretrain.stage import open_train_corpus
     from mates.preprocess.tokenizer import open_tokenizer
@@ -152,15 +152,15 @@ def throughput(recipes: Mapping[str, Recipe]) -> dict[str, list[float]]:
     device = torch.device("cpu")
     models = {name: open_model(layout_of(one).influence_model(METHOD, STAGE), one, tokenizer, device) for name, one in recipes.items()}
     for name, model in models.items():
-        together = model.predict(samples[:64])
-        apart = np.concatenate([model.predict(samples[row : row + 1]) for row in range(64)])
+        together = predict(model, samples[:64])
+        apart = np.concatenate([predict(model, samples[row : row + 1]) for row in range(64)])
         if np.abs(together - apart).max() > 1e-5:
             raise GateError(f"{name}: scores differ by {np.abs(together - apart).max():.1e} SD when samples are scored one by one")
     rates: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
             started = time.perf_counter()
-            model.predict(samples)
+            predict(model, samples)
             rates[name].append(len(samples) / (time.perf_counter() - started))
     return rates
 

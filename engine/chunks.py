@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ def run_chunks(
     plan: Mapping[str, Any],
     chunks: int,
     file_name: Callable[[int], str],
-    make: Callable[[int, Path], None],
+    make: Callable[[int, Path], None] | None = None,
+    begin: Callable[[int], Callable[[Path], None]] | None = None,
     world: World,
     label: str,
     started: float,
@@ -37,6 +40,7 @@ def run_chunks(
     Args:
         plan: all that the chunks' contents depend on; files that were left by another plan are removed, loudly.
         make: writes one chunk's file (atomically). Called by all ranks of a team, the first of which writes.
+        begin: instead of ``make``, does what can be done while the chunk before is made, in another thread, and returns what makes it.
         started: ``time.perf_counter()`` when this attempt's work began (loading a model counts).
         team: ranks that make a chunk together.
 
@@ -50,14 +54,30 @@ def run_chunks(
     missing = [number for number in listed if number in own]
     spent = world.same(lambda: read_seconds(directory))
     with Progress(label, len(own), "chunk", done=len(own) - len(missing), enabled=world.first) as progress:
-        for number in missing:
-            make(number, directory / file_name(number))
+        for number, finish in _begun(missing, begin) if begin else _plain(missing, make):
+            finish(directory / file_name(number))
             progress.add()
             if world.first:
                 artifact.write_json(directory / SECONDS, spent + time.perf_counter() - started)
     world.barrier()
     total: float = spent + time.perf_counter() - started
     return total
+
+
+def _plain(numbers: Sequence[int], make: Callable[[int, Path], None] | None) -> Iterator[tuple[int, Callable[[Path], None]]]:
+    assert make is not None, "either make or begin"
+    return ((number, partial(make, number)) for number in numbers)
+
+
+def _begun(numbers: Sequence[int], begin: Callable[[int], Callable[[Path], None]]) -> Iterator[tuple[int, Callable[[Path], None]]]:
+    """Chunks with what makes them, the next one being begun meanwhile."""
+    with ThreadPoolExecutor(1, thread_name_prefix="next-chunk") as thread:
+        ahead = [thread.submit(begin, number) for number in numbers[:1]]
+        for number, following in zip(numbers, [*numbers[1:], None], strict=False):
+            finish = ahead.pop().result()
+            if following is not None:
+                ahead.append(thread.submit(begin, following))
+            yield number, finish
 
 
 def read_seconds(directory: Path) -> float:

@@ -90,9 +90,9 @@ class _Plain:
     scores: Callable[[npt.NDArray[np.integer[Any]]], Floats]
     flops_per_ngram: int
 
-    def predict(self, samples: Samples) -> Scores:
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`."""
-        return self.scores(samples.windows)[:, None].astype(np.float32)
+        return lambda: self.scores(samples.windows)[:, None].astype(np.float32)
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`."""
@@ -105,9 +105,9 @@ class _Known:
 
     ratings: Ratings
 
-    def predict(self, samples: Samples) -> Scores:
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`."""
-        return self.ratings.scores(samples.ids)[:, None].astype(np.float32)
+        return lambda: self.ratings.scores(samples.ids)[:, None].astype(np.float32)
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`."""
@@ -138,8 +138,11 @@ class _Checkpoint:
         """Of an embedding."""
         return self._shape.hidden_size
 
-    def predict(self, samples: Samples) -> Scores:
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`."""
+        return lambda: self._losses(samples)
+
+    def _losses(self, samples: Samples) -> Scores:
         scores = np.empty((len(samples), 1), np.float32)
         for start, windows in self._batches(samples):
             logits = at_least_fp32(self._model(input_ids=windows[:, :-1]).logits)
@@ -174,9 +177,9 @@ class _Similarities:
     values: npt.NDArray[np.float32]
     model: _Checkpoint
 
-    def predict(self, samples: Samples) -> Scores:
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`."""
-        return self.values[np.searchsorted(self.ids, samples.ids), None]
+        return lambda: self.values[np.searchsorted(self.ids, samples.ids), None]
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`. Of the embeddings; k-means and comparisons are left out."""

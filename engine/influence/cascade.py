@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +35,18 @@ class CascadeModel:
     join: Floats
     share: float
 
-    def predict(self, samples: Samples) -> Scores:
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`. What is dropped has the n-gram model's scores, :data:`DROPPED` higher."""
         scores = self.ngrams.predict(samples)
         kept = np.flatnonzero(scores @ self.join <= self.threshold)
-        read = self.encoder.predict(samples[kept])
+        read = self.encoder.prepare(samples[kept])
         scores += np.float32(DROPPED)
-        scores[kept] = read
-        return scores
+
+        def finish() -> Scores:
+            scores[kept] = read()
+            return scores
+
+        return finish
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`. Of the encoder, for the share that it is expected to read."""

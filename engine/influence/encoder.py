@@ -6,7 +6,7 @@ mapped to the standardised influence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,23 +77,31 @@ class EncoderModel:
     device: torch.device
     extra: ExtraFeatures = NO_FEATURES
 
-    def predict(self, samples: Samples) -> Scores:
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`. What is read together depends on the samples alone, in blocks of 4,096."""
-        scores = np.empty((len(samples), self.module.head.out_features), np.float32)
+        batches = list(self._batches(samples))
+        return lambda: self._predict(len(samples), batches)
+
+    def _batches(self, samples: Samples) -> Iterator[tuple[npt.NDArray[np.int64], EncoderBatch]]:
+        """Rows of samples that are read together, and what is read."""
+        for start in range(0, len(samples), BLOCK):
+            block = samples[start : start + BLOCK]
+            sequences, extra = self.reader.sequences(block), self.extra.compute(block)
+            for rows in groups(sequences, self.fit.chunk_tokens, self.score.batch_tokens):
+                yield start + rows, self.batch([sequences[row] for row in rows], extra[rows])
+
+    def _predict(self, samples: int, batches: Iterable[tuple[npt.NDArray[np.int64], EncoderBatch]]) -> Scores:
+        scores = np.empty((samples, self.module.head.out_features), np.float32)
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.score.precision == "bf16")
         with torch.no_grad(), autocast:
-            for start in range(0, len(samples), BLOCK):
-                block = samples[start : start + BLOCK]
-                sequences, extra = self.reader.sequences(block), self.extra.compute(block)
-                for rows in groups(sequences, self.fit.chunk_tokens, self.score.batch_tokens):
-                    batch = self.batch([sequences[row] for row in rows], extra[rows])
-                    scores[start + rows] = self.module(batch).float().cpu().numpy()
+            for rows, batch in batches:
+                scores[rows] = self.module(batch.to(self.device)).float().cpu().numpy()
         return scores
 
     def batch(self, sequences: Sequence[TokenIds], extra: npt.NDArray[np.float32]) -> EncoderBatch:
-        """Sequences and extra features [B, F] for the module, on its device."""
+        """Sequences and extra features [B, F] for the module, in the host's memory."""
         batch = chunk(sequences, self.fit.chunk_tokens, self.reader.pad)
-        return replace(batch, extra=torch.from_numpy(extra) if extra.shape[1] else None).to(self.device)
+        return replace(batch, extra=torch.from_numpy(extra) if extra.shape[1] else None)
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`."""

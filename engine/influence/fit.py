@@ -21,7 +21,7 @@ from mates.engine.distributed import World
 from mates.engine.influence.cascade import DROPPED, CascadeModel, dropped_share, lost_influence, undropped
 from mates.engine.influence.encoder import EncoderModel, encoder_inputs, load_encoder, new_encoder
 from mates.engine.influence.features import ExtraFeatures, feature_inputs, make_features
-from mates.engine.influence.model import InfluenceModel, Samples, Scores, joining, open_model, predict_together
+from mates.engine.influence.model import InfluenceModel, Samples, Scores, joining, open_model, predict, predict_together
 from mates.engine.influence.ngrams import (
     BUCKETS,
     NgramModel,
@@ -309,7 +309,7 @@ class _Job:
             return None
         tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
         rows = labels.parts["test"]
-        before = open_model(earlier, recipe, tokenizer, self.world.device).predict(labels.samples[rows])
+        before = predict(open_model(earlier, recipe, tokenizer, self.world.device), labels.samples[rows])
         return agreement(joined[rows], undropped(before) @ joining(list(labels.weights.values()), info["label_covariance_nats2"]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,8 +47,11 @@ class Samples:
 class Scorer(Protocol):
     """Gives samples scores, of which the lowest are chosen first."""
 
-    def predict(self, samples: Samples) -> Scores:
-        """Scores [n, R] float32, a column for each reference task, each independent of what other samples there are."""
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
+        """Do what the processor can do beforehand, in any thread, and return what gives the scores [n, R] float32.
+
+        There is a column for each reference task. A sample's scores do not depend on what other samples there are.
+        """
 
     def forward_flops(self, samples: int, length: int) -> float:
         """FLOPs of scoring samples of ``length`` tokens."""
@@ -75,10 +78,15 @@ def joining(weights: Sequence[float], covariance: npt.ArrayLike) -> Floats:
     return found
 
 
+def predict(model: Scorer, samples: Samples) -> Scores:
+    """A model's scores [n, R] of samples."""
+    return model.prepare(samples)()
+
+
 def predict_together(model: Scorer, samples: Samples, world: World) -> Scores:
     """A model's scores [n, R] of samples, on all ranks, each of which predicts a part of them."""
     starts = range(0, len(samples), TOGETHER)
-    own = world.gathered(lambda: {start: model.predict(samples[start : start + TOGETHER]) for start in starts[world.rank :: world.size]})
+    own = world.gathered(lambda: {start: predict(model, samples[start : start + TOGETHER]) for start in starts[world.rank :: world.size]})
     found = {start: scores for part in own for start, scores in part.items()}
     return np.concatenate([found[start] for start in starts])
 

@@ -108,8 +108,12 @@ class NgramModel:
     ridges: tuple[NgramRidge, ...]
     extra: ExtraFeatures = NO_FEATURES
 
-    def predict(self, samples: Samples) -> Scores:
+    def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`."""
+        return lambda: self.predict(samples)
+
+    def predict(self, samples: Samples) -> Scores:
+        """Scores [n, R]."""
         parts = [samples[start : start + BLOCK] for start in range(0, len(samples), BLOCK)]
         return np.concatenate([self.predict_features(all_features(part, self.extra)) for part in parts])
 

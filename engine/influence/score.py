@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     scorer, about = _open_scorer(recipe, world, method, stage)
     count, size = blocks.size(stage), recipe.score.chunk_size
 
-    def make(number: int, path: Path) -> None:
-        ids = blocks.candidates(stage, number * size, (number + 1) * size)
-        artifact.write_array(path, scorer.predict(Samples(corpus, ids)))
+    def begin(number: int) -> Callable[[Path], None]:
+        scores = scorer.prepare(Samples(corpus, blocks.candidates(stage, number * size, (number + 1) * size)))
+        return lambda path: artifact.write_array(path, scores())
 
     chunks = -(-count // size)
     seconds = run_chunks(
@@ -71,7 +72,7 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         plan={"settings": request.settings, "inputs": request.inputs},
         chunks=chunks,
         file_name=shard_name,
-        make=make,
+        begin=begin,
         world=world,
         label=f"score {method} stage {stage}",
         started=started,

@@ -112,7 +112,7 @@ class EncoderFit:
         batch = self._model.batch(self._model.reader.sequences(self._samples[rows]), self._extra[rows])
         self.flops += 3 * self._model.module.shape().forward(tokens=batch.ids.numel(), length=batch.ids.shape[1])
         self.tokens += batch.ids.numel()
-        return batch
+        return batch.to(self._model.device)
 
     def _error(self, part: str) -> float:
         rows, samples = self._parts[part], self._samples[self._parts[part]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from mates.engine.influence.cascade import CASCADE_FILE, DROPPED, SHARES, Cascad
 from mates.engine.influence.encoder import EncoderModel, new_encoder
 from mates.engine.influence.fit import fit_stage
 from mates.engine.influence.inputs import CorpusIds
-from mates.engine.influence.model import Samples, open_model
+from mates.engine.influence.model import Samples, open_model, predict
 from mates.engine.influence.ngrams import BUCKETS, NgramModel, NgramRidge
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
@@ -75,18 +74,18 @@ class Given:
         self.windows = np.random.default_rng(1).integers(0, 100, (300, self.length + 1))
 
     def stored(self, ids: np.ndarray) -> np.ndarray:
-        return self.windows[ids]
+        return np.asarray(self.windows[ids])
 
 
 def test_what_is_kept_has_the_encoders_scores_and_what_is_dropped_comes_last(model: CascadeModel) -> None:
     samples = Samples(Given(), np.arange(300))  # type: ignore[arg-type]
-    rough, read, found = model.ngrams.predict(samples), model.encoder.predict(samples), model.predict(samples)
+    rough, read, found = predict(model.ngrams, samples), predict(model.encoder, samples), predict(model, samples)
     dropped = rough @ model.join > model.threshold
     assert 50 < dropped.sum() < 250
     assert found[~dropped] == pytest.approx(read[~dropped], abs=1e-5)
     assert (found[dropped] > found[~dropped].max()).all()
     assert undropped(found)[dropped] == pytest.approx(rough[dropped], abs=1e-3)
-    one_by_one = np.concatenate([model.predict(samples[row : row + 1]) for row in range(40)])
+    one_by_one = np.concatenate([predict(model, samples[row : row + 1]) for row in range(40)])
     assert one_by_one == pytest.approx(found[:40], abs=1e-5)
 
 
@@ -100,14 +99,14 @@ def test_save_and_load(model: CascadeModel, tmp_path: Path) -> None:
     model.save(tmp_path)
     loaded = CascadeModel.load(tmp_path, model.encoder)
     samples = Samples(Given(), np.arange(50))  # type: ignore[arg-type]
-    assert np.array_equal(loaded.predict(samples), model.predict(samples))
+    assert np.array_equal(predict(loaded, samples), predict(model, samples))
     (tmp_path / CASCADE_FILE).write_text('{"threshold": 1}')
     with pytest.raises(ArtifactError, match=r"cascade.json: .*; expected threshold, join and share; fit the model again"):
         CascadeModel.load(tmp_path, model.encoder)
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run up to the labels of stage 1."""
     made = make_recipe(tmp_path_factory.mktemp("cascade"), fit=FIT)
     build_data(made)

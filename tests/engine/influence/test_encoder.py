@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import in_threads
 
 from mates.engine.config import FitConfig, ScoreConfig
+from mates.engine.distributed import World
 from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, load_encoder, new_encoder
 from mates.engine.influence.fit import agreement, split_labels
 from mates.engine.influence.inputs import CorpusIds, Retokenized, chunk, groups
-from mates.engine.influence.model import Samples
+from mates.engine.influence.model import Samples, predict
+from mates.engine.influence.training import EncoderFit
 from mates.preprocess.tokenizer import open_tokenizer
 
 CONFIG = FitConfig(hidden_size=32, layers=2, heads=4, chunk_tokens=16, max_chunks=2)
@@ -63,7 +67,7 @@ def test_forward_is_the_mean_over_chunks_of_an_unpadded_bert(model: InfluenceEnc
 def test_what_lies_beyond_the_last_chunk_is_not_read(model: InfluenceEncoder) -> None:
     sample = np.arange(50) % 100
     scorer = EncoderModel(model, CorpusIds(CONFIG, 100), CONFIG, ScoreConfig(), torch.device("cpu"))
-    assert scorer.predict(samples_of(sample[None])).tolist() == scorer.predict(samples_of(sample[None, :32])).tolist()
+    assert predict(scorer, samples_of(sample[None])).tolist() == predict(scorer, samples_of(sample[None, :32])).tolist()
 
 
 def test_save_and_load_keep_every_bit(model: InfluenceEncoder, tmp_path: Path) -> None:
@@ -77,7 +81,7 @@ def test_scores_do_not_depend_on_the_batch(model: InfluenceEncoder) -> None:
     reader = CorpusIds(CONFIG, 100)
     samples = np.random.default_rng(1).integers(0, 100, (50, 32))
     models = [EncoderModel(model, reader, CONFIG, ScoreConfig(batch_tokens=size), torch.device("cpu")) for size in (1, 200, 10_000)]
-    scores = [one.predict(samples_of(samples)) for one in models]
+    scores = [predict(one, samples_of(samples)) for one in models]
     assert all(np.abs(scores[0] - other).max() <= 1e-5 for other in scores[1:])
     assert scores[0].dtype == np.float32
 
@@ -98,7 +102,7 @@ def test_samples_of_any_lengths_are_scored_as_alone(model: InfluenceEncoder, bud
     samples[:, 0] = source.integers(1, 41, 60)
     scorer = EncoderModel(model, Ragged(), CONFIG, ScoreConfig(batch_tokens=budget), torch.device("cpu"))
     expected = [by_hand(model, sample[: sample[0]], CONFIG.chunk_tokens) for sample in samples]
-    assert scorer.predict(samples_of(samples))[:, 0] == pytest.approx(expected, abs=1e-5)
+    assert predict(scorer, samples_of(samples))[:, 0] == pytest.approx(expected, abs=1e-5)
 
 
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=40), budget=st.integers(1, 300))
@@ -131,7 +135,7 @@ def test_an_encoder_with_its_own_tokenizer(bpe_dir: Path, texts: list[str], tmp_
     assert last == sep or int(batch.mask.sum()) == config.chunk_tokens * config.max_chunks
     assert {int(value) for value in batch.ids[batch.mask]} - {unknown, cls, sep} <= set(range(5, 5 + len(words)))
     model = EncoderModel(new_encoder(config, reader.vocab_size).eval(), reader, config, ScoreConfig(), torch.device("cpu"))
-    score = model.predict(samples_of(ids[None]))
+    score = predict(model, samples_of(ids[None]))
     assert score.shape == (1, 1)
     assert np.isfinite(score).all()
 
@@ -151,3 +155,24 @@ def test_agreement_by_hand() -> None:
     assert found["spearman"] == pytest.approx(0.8)
     assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 3, 2, 10])[0, 1])
     assert agreement(np.ones(4), np.arange(4.0)) == {"spearman": None, "pearson": None}
+
+
+@pytest.mark.parametrize("batch", [8, 3, 1])
+def test_ranks_share_a_batch(model: InfluenceEncoder, batch: int) -> None:
+    """Three ranks have the gradients of one that reads the whole batch, also where some of them have no sample."""
+    source = np.random.default_rng(3)
+    samples, targets = samples_of(source.integers(0, 100, (10, 32))), source.normal(size=(10, 1)).astype(np.float32)
+    parts = {"train": np.arange(8), "validation": np.array([8]), "test": np.array([9])}
+
+    def gradients(world: World) -> tuple[float, list[torch.Tensor]]:
+        own = EncoderModel(copy.deepcopy(model).double(), CorpusIds(CONFIG, 100), CONFIG, ScoreConfig(), torch.device("cpu"))
+        fit = EncoderFit(CONFIG, own, samples, targets.astype(np.float64), parts, world, seed=0, stage=1)
+        loss = fit._backward(np.arange(batch))
+        return loss, [parameter.grad for parameter in own.module.parameters() if parameter.grad is not None]
+
+    loss, expected = gradients(World(0, 1, torch.device("cpu")))
+    for own_loss, found in in_threads(3, gradients):
+        assert own_loss == pytest.approx(loss, rel=1e-6)
+        assert len(found) == len(expected)
+        largest = max(float(one.abs().max()) for one in expected)
+        assert all(float((one - other).abs().max()) <= 1e-6 * largest for one, other in zip(found, expected, strict=True))

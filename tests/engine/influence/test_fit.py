@@ -15,7 +15,7 @@ from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
 from mates.engine.influence.fit import PREDICTIONS_FILE, agreement, calibration, fit_stage, selected_influence
-from mates.engine.influence.model import Samples, open_model
+from mates.engine.influence.model import Samples, open_model, predict
 from mates.engine.influence.ngrams import WEIGHTS_FILE, best_ridge, ngram_features
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
@@ -90,7 +90,7 @@ def test_drift_is_the_agreement_with_the_stage_before(recipe: Recipe) -> None:
     test = np.array(table["part"].to_pylist()) == "test"
     pool = open_corpus(layout_of(recipe).corpus("pool"), LENGTH)
     samples = Samples(pool, table["sample_id"].to_numpy()[test])
-    before = open_model(layout_of(recipe).influence_model("mates", 1), recipe, tokenizer, WORLD.device).predict(samples)
+    before = predict(open_model(layout_of(recipe).influence_model("mates", 1), recipe, tokenizer, WORLD.device), samples)
     assert found == {name: pytest.approx(value) for name, value in agreement(table["predicted_sd"].to_numpy()[test], before[:, 0]).items()}
 
 
@@ -109,8 +109,8 @@ def test_scores_are_the_saved_models_predictions(recipe: Recipe) -> None:
     ids = make_blocks(recipe, corpus.samples).candidates(1)
     found = open_scores(layout.scores("mates", 1), corpus.fingerprint)
     scores = found.read()
-    assert np.array_equal(scores, model.predict(Samples(corpus, ids)))
-    one_by_one = np.concatenate([model.predict(Samples(corpus, ids[row : row + 1])) for row in range(20)])
+    assert np.array_equal(scores, predict(model, Samples(corpus, ids)))
+    one_by_one = np.concatenate([predict(model, Samples(corpus, ids[row : row + 1])) for row in range(20)])
     assert np.array_equal(scores[:20], one_by_one)
     assert found.manifest.cost.flops == make_plan(recipe, "mates").flops["score"] / (recipe.pretrain.stages - 1)
 

@@ -76,7 +76,7 @@ def write_labels(recipe: Recipe) -> None:
     request.commit(info={"samples": len(ids), "references": NAMES, "method": "linear"}, cost=Cost())
 
 
-def predictions(recipe: Recipe) -> tuple[pa.Table, dict[str, np.ndarray], dict[str, Any]]:
+def predictions(recipe: Recipe) -> tuple[Any, dict[str, Any], Any]:
     directory = layout_of(recipe).influence_model("mates", 1)
     table = pq.read_table(directory / PREDICTIONS_FILE)
     part = np.array(table["part"].to_pylist())
