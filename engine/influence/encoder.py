@@ -20,7 +20,7 @@ from torch import nn
 from mates.engine.config import FitConfig, Recipe, ScoreConfig, require
 from mates.engine.flops import EncoderShape
 from mates.engine.influence.features import NO_FEATURES, ExtraFeatures
-from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, Retokenized, TokenIds, chunk, groups
+from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, OwnTokens, TokenIds, chunk, groups
 from mates.engine.influence.model import Samples, Scores
 from mates.preprocess.tokenizer import Tokenizer
 
@@ -113,7 +113,7 @@ class EncoderModel:
         """See :class:`InfluenceModel`."""
         self.module.save(directory)
         self.extra.save(directory)
-        if isinstance(self.reader, Retokenized):
+        if isinstance(self.reader, OwnTokens):
             self.reader.save(directory)
 
 
@@ -177,4 +177,4 @@ def encoder_inputs(config: FitConfig, tokenizer: Tokenizer, vocab_size: int, sav
     """How samples reach the recipe's encoder; ``saved`` is an influence-model folder that keeps the encoder's own tokenizer."""
     if config.encoder is None:
         return CorpusIds(config, vocab_size)
-    return Retokenized(config, tokenizer, saved or config.encoder)
+    return OwnTokens(config, tokenizer, saved or config.encoder)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from mates.engine.config import FitConfig
+from mates.engine.data.corpus import Corpus
 from mates.engine.influence.model import Samples
-from mates.preprocess.tokenizer import Tokenizer
+from mates.preprocess.tokenizer import Tokenizer, encoding_hash, vocabulary_difference, without_additions
 
 TokenIds = npt.NDArray[np.integer[Any]]
 
@@ -94,23 +95,63 @@ class CorpusIds:
         return list(samples.windows[:, : self._limit])
 
 
-class Retokenized:
-    """For an encoder with a tokenizer of its own: a sample's text is decoded, and tokenized again."""
+class OwnTokens:
+    """For an encoder with a tokenizer of its own. What it reads of a sample comes from the first of these that can be had:
+
+    - the tokens that preprocessing wrote for it (``corpus.scorer_tokenizer``);
+    - the corpus' ids, where both vocabularies name the same tokens by them (ModernBERT's descends from GPT-NeoX's);
+    - the sample's text, decoded and tokenized again.
+
+    The special tokens that the encoder was pretrained with stand around the whole sample, and between documents of shared ids.
+    """
 
     def __init__(self, config: FitConfig, tokenizer: Tokenizer, encoder: str | Path) -> None:
         from transformers import AutoTokenizer
 
-        self._limit, self._tokenizer = config.chunk_tokens * config.max_chunks, tokenizer
+        self._tokenizer = tokenizer
         self._encoder_tokenizer: Any = AutoTokenizer.from_pretrained(encoder)
         self.vocab_size = len(self._encoder_tokenizer)
         self.pad: int = self._encoder_tokenizer.pad_token_id or 0
+        self._before, self._after = _around(self._encoder_tokenizer)
+        self._limit = config.chunk_tokens * config.max_chunks - len(self._before) - len(self._after)
+        library = without_additions(self._encoder_tokenizer.backend_tokenizer)
+        self._hash = encoding_hash(library)
+        self._shares_ids = not vocabulary_difference(tokenizer, library).text
+
+    def source(self, corpus: Corpus) -> Literal["stored", "ids", "text"]:
+        """Where the tokens of a corpus' samples come from."""
+        if corpus.has_scorer_tokens and corpus.scorer_hash == self._hash:
+            return "stored"
+        return "ids" if self._shares_ids else "text"
 
     def sequences(self, samples: Samples) -> list[TokenIds]:
-        """See :class:`EncoderInputs`. The special tokens that the encoder was pretrained with stand around the whole sample."""
+        """See :class:`EncoderInputs`."""
+        return [self.framed(ids) for ids in self._inner(samples)]
+
+    def framed(self, ids: TokenIds) -> TokenIds:
+        """Tokens [n] of a text, as many as are read, with the special tokens around them."""
+        framed: TokenIds = np.concatenate([self._before, ids[: self._limit], self._after])
+        return framed
+
+    def _inner(self, samples: Samples) -> Sequence[TokenIds]:
+        source = self.source(samples.corpus)
+        if source == "stored":
+            return samples.corpus.scorer_tokens(samples.ids, self._limit)
+        if source == "ids":
+            ids = samples.windows[:, : self._limit].astype(np.int64)
+            ids[ids == self._tokenizer.end_of_document] = self._after[0] if len(self._after) else self.pad
+            return list(ids)
         texts = [self._tokenizer.decode(window.tolist()) for window in samples.windows]
-        encoded = self._encoder_tokenizer(texts, truncation=True, max_length=self._limit)["input_ids"]
+        encoded = self._encoder_tokenizer(texts, truncation=True, max_length=self._limit, add_special_tokens=False)["input_ids"]
         return [np.asarray(ids, np.int64) for ids in encoded]
 
     def save(self, directory: Path) -> None:
         """Keep the tokenizer with the model."""
         self._encoder_tokenizer.save_pretrained(directory)
+
+
+def _around(tokenizer: Any) -> tuple[TokenIds, TokenIds]:
+    """Special tokens that an encoder's tokenizer puts before and after a text."""
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return np.asarray(whole[:start], np.int64), np.asarray(whole[start + len(bare) :], np.int64)

@@ -18,7 +18,7 @@ from mates.engine.config import FitConfig, ScoreConfig
 from mates.engine.distributed import World
 from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, load_encoder, new_encoder
 from mates.engine.influence.fit import agreement, split_labels
-from mates.engine.influence.inputs import CorpusIds, Retokenized, chunk, groups
+from mates.engine.influence.inputs import CorpusIds, OwnTokens, chunk, groups
 from mates.engine.influence.model import Samples, predict
 from mates.engine.influence.training import EncoderFit
 from mates.preprocess.tokenizer import open_tokenizer
@@ -125,7 +125,7 @@ def test_an_encoder_with_its_own_tokenizer(bpe_dir: Path, texts: list[str], tmp_
     BertModel(shape).save_pretrained(tmp_path)
     config = replace(CONFIG, encoder=str(tmp_path), chunk_tokens=32)
     tokenizer, _ = open_tokenizer(bpe_dir)
-    reader = Retokenized(config, tokenizer, tmp_path)
+    reader = OwnTokens(config, tokenizer, tmp_path)
     text = texts[0]
     ids = tokenizer.encode_batch([text])[0]
     batch = chunk(reader.sequences(samples_of(ids[None])), config.chunk_tokens, reader.pad)
