@@ -43,7 +43,8 @@ from mates.preprocess.parts import (
 )
 from mates.preprocess.ranks import Alone, Ranks, on_all, on_first
 from mates.preprocess.readers import PartReader, ReadOptions, parts_of, read_texts
-from mates.preprocess.scorer import SCORER_NAME, Scorer, ScorerTokenizer, TokenEnds, read_scorer_tokenizer
+from mates.preprocess.scorer import SCORER_NAME, Scorer, ScorerTokenizer, read_scorer_tokenizer
+from mates.preprocess.spans import TokenEnds
 from mates.preprocess.tokenizer import SpecialTokenText, Tokenizer, open_tokenizer
 from mates.preprocess.workers import WORKERS_LOCK, Stop, for_each, hold_worker_lock, try_lock
 

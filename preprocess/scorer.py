@@ -15,13 +15,9 @@ token covers are the next one's. A document without tokens has no encoder tokens
 
 from __future__ import annotations
 
-import json
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mates.preprocess.artifact import ArtifactError
-from mates.preprocess.encode import EXCERPT_LENGTH, EngineDifferenceError, Ids, Offsets
+from mates.preprocess.encode import Ids, Offsets
 from mates.preprocess.indexed import Tokens, open_indexed, token_dtype
-from mates.preprocess.tokenizer import (
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    encoder_files_hash,
-    encoding_hash,
-    load_encoder_tokenizer,
-    without_additions,
-)
+from mates.preprocess.spans import LibraryStarts, TextBytes, TokenEnds, WordStarts
+from mates.preprocess.tokenizer import Tokenizer, encoder_files_hash, encoding_hash, load_encoder_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -50,7 +38,6 @@ COUNTS_NAME = "scorer_counts.bin"
 STARTS_NAME = "scorer_starts.bin"
 STRIDE = 4096  # tokens from one start to the next
 MOST = np.iinfo(np.uint8).max  # encoder tokens that begin in a token
-BATCH_CHARACTERS = 1 << 20  # the library's results take a hundred times the memory of their text
 
 Counts = npt.NDArray[np.uint8]
 
@@ -93,124 +80,6 @@ def read_scorer_tokenizer(path: Path) -> ScorerTokenizer:
     return ScorerTokenizer(origin=str(path), files=encoder_files_hash(path), state=library.to_str())
 
 
-# --- where tokens lie in text --------------------------------------------------------------------------------------
-
-
-class _Bytes:
-    """Places in D texts, one after the other, in bytes of UTF-8."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        data = np.frombuffer("".join(texts).encode(), np.uint8)
-        self._of_character = np.append(np.flatnonzero((data & 0xC0) != 0x80), len(data))
-        self._first_character = np.cumsum([0, *map(len, texts)])
-        self.bounds: Offsets = self._of_character[self._first_character]
-        """[D + 1], where each text begins, and the end of the last."""
-
-    def of(self, texts: npt.NDArray[np.int64] | int, characters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where characters of texts begin, both given by number; one more than the last is the text's end."""
-        return self._of_character[self._first_character[texts] + characters]
-
-
-def token_widths(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
-    """Bytes of text that each id stands for, [vocabulary], in byte-level BPE of text in NFC; None for another kind of tokenizer.
-
-    An added token that takes the spaces around it has no width of its own: its entry is below any sum of others.
-    """
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return None
-    state = json.loads(tokenizer.library.to_str())
-    if (state["decoder"] or {}).get("type") != "ByteLevel" or state["normalizer"] not in (None, {"type": "NFC"}):
-        return None
-    if '"add_prefix_space": true' in json.dumps(state["pre_tokenizer"]):
-        return None
-    widths = np.zeros(tokenizer.vocab_size, np.int64)
-    for name, number in tokenizer.library.get_vocab(with_added_tokens=False).items():
-        widths[number] = len(name)  # a letter for each byte
-    for number, token in tokenizer.library.get_added_tokens_decoder().items():
-        widths[number] = -(2**40) if token.lstrip or token.rstrip else len(token.content.encode())
-    return widths
-
-
-class TokenEnds:
-    """Where the language model's tokens end in their texts.
-
-    By the ids alone where these are byte-level BPE whose tokens are seen to add up to the text, else by the library's own offsets.
-
-    Raises:
-        TokenizerError: the library gives none.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, engine: str) -> None:
-        self._engine, self._widths = engine, token_widths(tokenizer)
-        self._library: _HuggingFaceEnds | _SentencePieceEnds
-        if isinstance(tokenizer, HuggingFaceTokenizer):
-            self._library, self._composes = _HuggingFaceEnds(tokenizer), tokenizer.library.normalizer is not None
-        else:
-            assert isinstance(tokenizer, SentencePieceTokenizer)
-            self._library, self._composes = _SentencePieceEnds(tokenizer), False
-
-    def __call__(self, texts: Sequence[str], ids: Ids, offsets: Offsets, places: _Bytes) -> npt.NDArray[np.int64]:
-        """The byte behind each token, [N], never falling; the end-of-document token's is the text's end.
-
-        Args:
-            texts: D of them. ids: [N], their tokens, each text's followed by the end-of-document id where it has any.
-            offsets: [D + 1], where each text's begin. places: of the texts.
-
-        Raises:
-            EngineDifferenceError: the library gives other ids.
-        """
-        lengths = np.diff(offsets)
-        ends, fit = np.zeros(len(ids), np.int64), lengths == 0
-        if self._widths is not None:
-            widths = self._widths[ids]
-            widths[offsets[1:][lengths > 0] - 1] = 0
-            np.cumsum(widths, out=ends)
-            before = np.append(0, ends)[offsets]
-            fit |= np.diff(before) == np.diff(places.bounds)
-            if self._composes:
-                fit &= np.array([text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts], bool)
-            ends += np.repeat(places.bounds[:-1] - before[:-1], lengths)
-        for number in np.flatnonzero(~fit).tolist():
-            own = slice(offsets[number], offsets[number + 1])
-            found, text_ends = self._library(texts[number])
-            expected = ids[own][:-1].tolist()
-            if found != expected:
-                raise EngineDifferenceError(self._engine, texts[number][:EXCERPT_LENGTH], expected[:4], found[:4])
-            ends[own] = places.bounds[number + 1]
-            at = places.of(number, text_ends) if self._library.unit == "characters" else places.bounds[number] + text_ends
-            ends[own][:-1] = np.maximum.accumulate(at)
-        return ends
-
-
-class _HuggingFaceEnds:
-    unit = "characters"
-
-    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
-        self._library = without_additions(tokenizer.library)
-
-    def __call__(self, text: str) -> tuple[list[int], npt.NDArray[np.int64]]:
-        found = self._library.encode(text, add_special_tokens=False)
-        return found.ids, np.fromiter(map(itemgetter(1), found.offsets), np.int64)
-
-
-class _SentencePieceEnds:
-    unit = "bytes"
-
-    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
-        self._library = tokenizer.library
-        try:
-            self("a")
-        except Exception as error:  # without protobuf, or in a version that has no such result
-            raise TokenizerError(
-                f"corpus.scorer_tokenizer: the language model's tokenizer is a sentencepiece model, and this installation of sentencepiece "
-                f"does not say where its tokens lie in a text ({error}); install protobuf and sentencepiece 0.2.3, or set null"
-            ) from error
-
-    def __call__(self, text: str) -> tuple[list[int], npt.NDArray[np.int64]]:
-        pieces = self._library.encode(text, return_type="proto").pieces
-        return [piece.id for piece in pieces], np.array([piece.end for piece in pieces], np.int64)
-
-
 # --- making --------------------------------------------------------------------------------------------------------
 
 
@@ -231,11 +100,13 @@ class Scorer:
 
     def __init__(self, encoder: ScorerTokenizer, tokenizer: Tokenizer, engine: str) -> None:
         self.dtype = encoder.dtype
-        self._library, self._ends = encoder.open(), TokenEnds(tokenizer, engine)
+        library = encoder.open()
+        self._encode = WordStarts(library) if WordStarts.serves(library) else LibraryStarts(library)
+        self._ends = TokenEnds(tokenizer, engine)
 
     def __call__(self, texts: Sequence[str], ids: Ids, offsets: Offsets) -> ScorerBlock:
         """Encode texts; arguments and errors are those of :class:`TokenEnds`. Nothing is cut."""
-        places, has = _Bytes(texts), np.diff(offsets) > 0
+        places, has = TextBytes(texts), np.diff(offsets) > 0
         found, starts, lengths = self._encode([text if kept else "" for text, kept in zip(texts, has.tolist(), strict=True)])
         of_text = np.repeat(np.arange(len(texts)), lengths)
         begins = np.maximum.accumulate(places.of(of_text, starts))  # where a normalizer turned characters round, each begins once
@@ -248,28 +119,6 @@ class Scorer:
             found = found[_firsts(lengths, kept)]
             lengths = kept
         return ScorerBlock(ids=found, lengths=lengths.astype(np.int32), counts=counts.astype(np.uint8))
-
-    def _encode(self, texts: Sequence[str]) -> tuple[Ids, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Ids [M] of all texts, the character that each begins at in its text [M], and the number of each text's [D]."""
-        ids, starts, lengths = [], [], []
-        for batch in _batches(texts):
-            found = self._library.encode_batch(batch, add_special_tokens=False)
-            ids.append(np.fromiter(chain.from_iterable(item.ids for item in found), np.uint32))
-            starts.append(np.fromiter(map(itemgetter(0), chain.from_iterable(item.offsets for item in found)), np.int64))
-            lengths.append(np.array([len(item) for item in found], np.int64))
-        return np.concatenate(ids), np.concatenate(starts), np.concatenate(lengths)
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if size + len(text) > BATCH_CHARACTERS and batch:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    yield batch
 
 
 def _spread(counts: npt.NDArray[np.int64], offsets: Offsets) -> npt.NDArray[np.int64]:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mates.preprocess import artifact, scorer
+from mates.preprocess import artifact, scorer, spans
 from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Manifest
 from mates.preprocess.corpus import SPLITS, CorpusSettings, SplitShares, make_corpora
 from mates.preprocess.encode import EngineDifferenceError, LibraryEngine
@@ -220,8 +220,9 @@ def test_it_does_not_matter_which_texts_come_together(
     chosen = [*texts[:30], "", "e\u0301 x", " qq "]
     whole = make(chosen, *LibraryEngine(tokenizer).encode(chosen, ends=True))
     alone = [make([text], *LibraryEngine(tokenizer).encode([text], ends=True)) for text in chosen]
-    monkeypatch.setattr(scorer, "BATCH_CHARACTERS", 700)
-    again = make(chosen, *LibraryEngine(tokenizer).encode(chosen, ends=True))
+    monkeypatch.setattr(spans, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(spans, "KEPT_CHARACTERS", 100)
+    again = make(chosen, *LibraryEngine(tokenizer).encode(chosen, ends=True))  # words that were known are forgotten
     for name in ("ids", "lengths", "counts"):
         assert np.concatenate([getattr(block, name) for block in alone]).tolist() == getattr(whole, name).tolist()
         assert getattr(again, name).tolist() == getattr(whole, name).tolist()
@@ -233,9 +234,9 @@ def test_ids_alone_say_where_tokens_of_bytes_end(language_models: dict[str, Any]
     tokenizer = language_models["bpe"]
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     ids, offsets = LibraryEngine(tokenizer).encode(texts, ends=True)
-    ends = scorer.TokenEnds(tokenizer, "library")
+    ends = spans.TokenEnds(tokenizer, "library")
     ends._library = None  # type: ignore[assignment]
-    found = ends(texts, ids, offsets, scorer._Bytes(texts))
+    found = ends(texts, ids, offsets, spans.TextBytes(texts))
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     begins = itertools.accumulate((len(text.encode()) for text in texts), initial=0)
     expected = []
@@ -445,7 +446,7 @@ def test_a_language_model_without_offsets_is_refused(
         raise ValueError("no protobuf")
 
     pieces = train_language_model("sentencepiece", texts, tmp_path / "pieces")
-    monkeypatch.setattr(scorer._SentencePieceEnds, "__call__", no_proto)
+    monkeypatch.setattr(spans._SentencePieceEnds, "__call__", no_proto)
     with pytest.raises(TokenizerError, match=r"corpus\.scorer_tokenizer: .*does not say where its tokens lie in a text \(no protobuf\)"):
         make(tmp_path / "out", inputs, pieces, encoders["bert"])
 
