@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import zstandard
+from conftest import shared
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -23,7 +24,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from mates.preprocess import artifact, scorer, spans
 from mates.preprocess.artifact import ArtifactError, ArtifactMismatchError, Manifest
 from mates.preprocess.corpus import SPLITS, CorpusSettings, SplitShares, make_corpora
-from mates.preprocess.encode import EngineDifferenceError, LibraryEngine
+from mates.preprocess.encode import EngineDifferenceError, LibraryEngine, edge_texts
 from mates.preprocess.indexed import open_indexed
 from mates.preprocess.inputs import find_inputs
 from mates.preprocess.parts import PartFiles, PartRecord
@@ -244,6 +245,34 @@ def test_ids_alone_say_where_tokens_of_bytes_end(language_models: dict[str, Any]
         lengths = [len(letters) for letters in tokenizer.library.encode(text, add_special_tokens=False).tokens]  # a letter a byte
         expected += [*itertools.accumulate(lengths[1:], initial=begin + lengths[0]), begin + len(text.encode())] if lengths else []
     assert found.tolist() == expected
+
+
+def assert_words_serve(library: tokenizers.Tokenizer, texts: Sequence[str]) -> None:
+    assert spans.WordStarts.serves(library)
+    by_words = spans.WordStarts(library)
+    whole = spans.LibraryStarts(library)(texts)
+    for _ in range(2):  # new words, then known ones
+        found = by_words(texts)
+        assert all(np.array_equal(found[item], whole[item]) for item in range(3))
+
+
+@pytest.mark.parametrize(
+    "normalizer", [{}, {"lowercase": False}, {"strip_accents": True, "lowercase": False}, {"handle_chinese_chars": False}]
+)
+def test_texts_of_berts_kind_are_their_words(encoders: dict[str, Path], texts: list[str], normalizer: dict[str, bool]) -> None:
+    """Whatever stands around a space, and in whatever order."""
+    library = read_scorer_tokenizer(encoders["bert"]).open()
+    library.normalizer = normalizers.BertNormalizer(**normalizer)
+    edges = edge_texts(SPECIAL)
+    assert_words_serve(library, [*edges, *texts])
+    assert_words_serve(library, [f"{one} {other}" for one, other in itertools.pairwise(edges)])
+
+
+def test_other_kinds_are_not_read_by_words(encoders: dict[str, Path]) -> None:
+    assert not any(spans.WordStarts.serves(read_scorer_tokenizer(encoders[name]).open()) for name in ("roberta", "unigram"))
+    library = read_scorer_tokenizer(encoders["bert"]).open()
+    library.add_tokens(["ba de"])
+    assert not spans.WordStarts.serves(library)
 
 
 def test_offsets_of_other_ids_are_refused(language_models: dict[str, Any], encoders: dict[str, Path]) -> None:
@@ -559,28 +588,18 @@ def test_joined_files_that_were_lost_are_made_again(
 
 
 def test_c4_with_gpt_neox_and_bert(c4_file: Path, neox_tokenizer: Path) -> None:
-    folder = c4_file.parents[1] / "tokenizers/bert-base-uncased"
-    if not folder.exists():
-        pytest.skip("the shared data folder beside the checkout has no tokenizers/bert-base-uncased")
     with c4_file.open("rb") as handle, zstandard.ZstdDecompressor().stream_reader(handle) as stream:
-        texts = [json.loads(line)["text"] for line in stream.read().splitlines()[:120]]
-    tokenizer = load_tokenizer(neox_tokenizer)
-    read = read_scorer_tokenizer(folder)
-    check(
-        Scorer(read, tokenizer, "library"),
-        read.open(),
-        tokenizer,
-        [*texts, *ODD_PARTS, *SPECIAL_PARTS, " ".join(ODD_PARTS + SPECIAL_PARTS)],
-    )
+        texts = [json.loads(line)["text"] for line in stream.read().splitlines()[:1_000]]
+    tokenizer, encoder = load_tokenizer(neox_tokenizer), read_scorer_tokenizer(shared("tokenizers/bert-base-uncased"))
+    assert_words_serve(encoder.open(), texts)
+    odd = [*ODD_PARTS, *SPECIAL_PARTS, " ".join(ODD_PARTS + SPECIAL_PARTS)]
+    check(Scorer(encoder, tokenizer, "library"), encoder.open(), tokenizer, [*texts[:120], *odd])
 
 
-def test_ids_are_those_of_transformers(tmp_path: Path, c4_file: Path, neox_tokenizer: Path) -> None:
+def test_ids_are_those_of_transformers(tmp_path: Path, neox_tokenizer: Path) -> None:
     from transformers import AutoTokenizer
 
-    vocabulary = c4_file.parents[1] / "tokenizers/bert-base-uncased/vocab.txt"
-    if not vocabulary.exists():
-        pytest.skip("the shared data folder beside the checkout has no tokenizers/bert-base-uncased")
-    shutil.copy(vocabulary, tmp_path)
+    shutil.copy(shared("tokenizers/bert-base-uncased/vocab.txt"), tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     texts = [" ".join(ODD_PARTS + SPECIAL_PARTS), "Unaffable, naïve 中文 ##ing " * 300, *SPECIAL]
