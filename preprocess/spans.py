@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from mates.preprocess.encode import EXCERPT_LENGTH, EngineDifferenceError, Ids, Offsets
+from mates.preprocess.encode import EXCERPT_LENGTH, IDS_SHOWN, EngineDifferenceError, Ids, Offsets
 from mates.preprocess.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, TokenizerError, without_additions
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Encoded = tuple[Ids, Offsets, Offsets]
 """Ids [M] of D texts one after the other, the character of its text that each begins at [M], and the number of each text's [D]."""
 
 
-# --- the language model's tokens ---------------------------------------------------------------------------------
+# --- the language model's tokens -----------------------------------------------------------------------------------
 
 
 class TextBytes:
@@ -106,10 +106,12 @@ class TokenEnds:
             ends += np.repeat(places.bounds[:-1] - before[:-1], lengths)
         for number in np.flatnonzero(~fit).tolist():
             own = slice(offsets[number], offsets[number + 1])
-            found, text_ends = self._library(texts[number])
-            expected = ids[own][:-1].tolist()
+            expected, text_ends = self._library(texts[number])
+            found = ids[own][:-1].tolist()
             if found != expected:
-                raise EngineDifferenceError(self._engine, texts[number][:EXCERPT_LENGTH], expected[:4], found[:4])
+                place = next((place for place, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
+                shown = slice(place, place + IDS_SHOWN) if place >= 0 else slice(-IDS_SHOWN, None)
+                raise EngineDifferenceError(self._engine, texts[number][:EXCERPT_LENGTH], found[shown], expected[shown])
             ends[own] = places.bounds[number + 1]
             at = places.of(number, text_ends) if self._library.unit == "characters" else places.bounds[number] + text_ends
             ends[own][:-1] = np.maximum.accumulate(at)
