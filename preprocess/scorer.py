@@ -15,7 +15,7 @@ token covers are the next one's. A document without tokens has no encoder tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ COUNTS_NAME = "scorer_counts.bin"
 STARTS_NAME = "scorer_starts.bin"
 STRIDE = 4096  # tokens from one start to the next
 MOST = np.iinfo(np.uint8).max  # encoder tokens that begin in a token
+BATCH_CHARACTERS = 1 << 19  # the library's results take a hundred times the memory of their text
 
 Counts = npt.NDArray[np.uint8]
 
@@ -106,6 +107,17 @@ class Scorer:
 
     def __call__(self, texts: Sequence[str], ids: Ids, offsets: Offsets) -> ScorerBlock:
         """Encode texts; arguments and errors are those of :class:`TokenEnds`. Nothing is cut."""
+        blocks = [
+            self._align(texts[first:last], ids[offsets[first] : offsets[last]], offsets[first : last + 1] - offsets[first])
+            for first, last in _batches(texts)
+        ]
+        return ScorerBlock(
+            ids=np.concatenate([block.ids for block in blocks]),
+            lengths=np.concatenate([block.lengths for block in blocks]),
+            counts=np.concatenate([block.counts for block in blocks]),
+        )
+
+    def _align(self, texts: Sequence[str], ids: Ids, offsets: Offsets) -> ScorerBlock:
         places, has = TextBytes(texts), np.diff(offsets) > 0
         found, starts, lengths = self._encode([text if kept else "" for text, kept in zip(texts, has.tolist(), strict=True)])
         of_text = np.repeat(np.arange(len(texts)), lengths)
@@ -119,6 +131,17 @@ class Scorer:
             found = found[_firsts(lengths, kept)]
             lengths = kept
         return ScorerBlock(ids=found, lengths=lengths.astype(np.int32), counts=counts.astype(np.uint8))
+
+
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Runs of texts, by their first and the end: of so many characters, or a single text."""
+    first = size = 0
+    for number, text in enumerate(texts):
+        if size and size + len(text) > BATCH_CHARACTERS:
+            yield first, number
+            first, size = number, 0
+        size += len(text)
+    yield first, len(texts)
 
 
 def _spread(counts: npt.NDArray[np.int64], offsets: Offsets) -> npt.NDArray[np.int64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, count, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -19,8 +19,7 @@ from mates.preprocess.tokenizer import HuggingFaceTokenizer, SentencePieceTokeni
 if TYPE_CHECKING:
     import tokenizers
 
-BATCH_CHARACTERS = 1 << 20  # the library's results take a hundred times the memory of their text
-KEPT_CHARACTERS = 1 << 22  # of words, which take some twenty times the memory
+KEPT_CHARACTERS = 1 << 21  # of words, which take some twenty times the memory
 WORDS_TOGETHER = 1_000
 
 Encoded = tuple[Ids, Offsets, Offsets]
@@ -158,25 +157,11 @@ class LibraryStarts:
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """Ids and where they begin; no special tokens."""
-        ids, starts, lengths = [], [], []
-        for batch in _batches(texts):
-            found = self._library.encode_batch(batch, add_special_tokens=False)
-            ids.append(np.fromiter(chain.from_iterable(item.ids for item in found), np.uint32))
-            starts.append(np.fromiter(map(itemgetter(0), chain.from_iterable(item.offsets for item in found)), np.int64))
-            lengths.append(np.array([len(item) for item in found], np.int64))
-        return np.concatenate(ids), np.concatenate(starts), np.concatenate(lengths)
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if size + len(text) > BATCH_CHARACTERS and batch:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    yield batch
+        found = self._library.encode_batch(list(texts), add_special_tokens=False)
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        ids = np.fromiter(chain.from_iterable(item.ids for item in found), np.uint32, lengths.sum())
+        starts = np.fromiter(map(itemgetter(0), chain.from_iterable(item.offsets for item in found)), np.int64, len(ids))
+        return ids, starts, lengths
 
 
 class WordStarts:
@@ -216,7 +201,7 @@ class WordStarts:
 
     def _learn(self) -> None:
         """Encode the words that have got a number since the last time."""
-        new = list(islice(self._numbers, len(self._firsts) - 1, None))
+        new = list(islice(reversed(self._numbers), len(self._numbers) + 1 - len(self._firsts)))[::-1]
         if not new:
             return
         ends = np.cumsum([len(word) + 1 for word in new])

@@ -221,7 +221,7 @@ def test_it_does_not_matter_which_texts_come_together(
     chosen = [*texts[:30], "", "e\u0301 x", " qq "]
     whole = make(chosen, *LibraryEngine(tokenizer).encode(chosen, ends=True))
     alone = [make([text], *LibraryEngine(tokenizer).encode([text], ends=True)) for text in chosen]
-    monkeypatch.setattr(spans, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(scorer, "BATCH_CHARACTERS", 700)
     monkeypatch.setattr(spans, "KEPT_CHARACTERS", 100)
     again = make(chosen, *LibraryEngine(tokenizer).encode(chosen, ends=True))  # words that were known are forgotten
     for name in ("ids", "lengths", "counts"):
@@ -245,6 +245,21 @@ def test_ids_alone_say_where_tokens_of_bytes_end(language_models: dict[str, Any]
         lengths = [len(letters) for letters in tokenizer.library.encode(text, add_special_tokens=False).tokens]  # a letter a byte
         expected += [*itertools.accumulate(lengths[1:], initial=begin + lengths[0]), begin + len(text.encode())] if lengths else []
     assert found.tolist() == expected
+
+
+def test_special_token_text_has_the_width_of_its_text(language_models: dict[str, Any], encoders: dict[str, Path]) -> None:
+    """Where the language model makes a special token of it; to the encoder it is text all the same."""
+    library = tokenizers.Tokenizer.from_str(language_models["bpe"].library.to_str())
+    tokenizer = HuggingFaceTokenizer(library, special_token_text="special")
+    text = f"ba{END} de[SEP]{END}{END}"
+    block = Scorer(read_scorer_tokenizer(encoders["bert"]), tokenizer, "library")(
+        [text], *LibraryEngine(tokenizer).encode([text], ends=True)
+    )
+    encoded = read_scorer_tokenizer(encoders["bert"]).open().encode(text)
+    assert not {2, 3} & {*encoded.ids}
+    ends = [len(text[:end].encode()) for _, end in library.encode(text).offsets]
+    assert len(ends) < 12
+    assert slices_of(block.counts.tolist(), block.ids.tolist()) == [*slices_by_brute_force(ends, encoded, text), []]
 
 
 def assert_words_serve(library: tokenizers.Tokenizer, texts: Sequence[str]) -> None:
