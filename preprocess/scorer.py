@@ -38,7 +38,7 @@ COUNTS_NAME = "scorer_counts.bin"
 STARTS_NAME = "scorer_starts.bin"
 STRIDE = 4096  # tokens from one start to the next
 MOST = np.iinfo(np.uint8).max  # encoder tokens that begin in a token
-BATCH_CHARACTERS = 1 << 19  # the library's results take a hundred times the memory of their text
+BATCH_CHARACTERS = 1 << 19  # whose tokens are in memory at a time
 
 Counts = npt.NDArray[np.uint8]
 
