@@ -73,6 +73,9 @@ class CorpusConfig:
     features: list[Literal["length", "hash", "ngrams"]] = field(default_factory=list)
     """Computed for each document in the same pass and kept in its Parquet row: length (UTF-8 bytes), hash (XXH3-128 of the
     text, equal for exact duplicates), ngrams (hashed counts of token unigrams and bigrams, and their totals over the corpus)."""
+    scorer_tokenizer: str | None = None
+    """Folder or tokenizer.json of a pretrained encoder's Hugging Face tokenizer (usually the folder of ``fit.encoder``): its tokens of
+    every document are written in the same pass, so that no sample needs to be decoded for it. Null writes none."""
     workers: int | None = None
     """Processes that tokenize; null takes one a core, or one under MPI. The result does not depend on it."""
     sample_bytes: int | None = None
@@ -89,6 +92,10 @@ class CorpusConfig:
         require(len(self.inputs) > 0, "corpus.inputs", self.inputs, "at least one file, folder or glob")
         require(len(set(self.union)) == len(self.union), "corpus.union", self.union, "each folder once")
         require(not self.union or self.inputs == [SAMPLE], "corpus.inputs", self.inputs, "nothing where corpus.union is set")
+        scorer = self.scorer_tokenizer
+        require(
+            not self.union or scorer is None, "corpus.scorer_tokenizer", scorer, "null where corpus.union is set: its parts have their own"
+        )
         require(self.text_field != "", "corpus.text_field", self.text_field, "a field name")
         names = self.metadata_fields
         require(all(names) and len(set(names)) == len(names), "corpus.metadata_fields", names, "different field names")

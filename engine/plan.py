@@ -175,8 +175,9 @@ def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int)
     sizes = block_sizes(recipe)
     tokens = tokens_found or sum(sizes) * recipe.pretrain.sequence_length
     checkpoints = 1 + len(recipe.methods) * (recipe.pretrain.stages - 1)
+    scorer = 3 if recipe.corpus.scorer_tokenizer else 0  # about as many encoder tokens, mostly of 2 bytes, and a count
     return {
-        "corpora": float(tokens * token_dtype(vocab).itemsize),
+        "corpora": float(tokens * (token_dtype(vocab).itemsize + scorer)),
         "checkpoints (all kept)": float(checkpoints * CHECKPOINT_BYTES * parameters),
         "scores and indices": float(sum(sizes) * 4 + sum(sizes) * 8 * recipe.select.ratio),
     }

@@ -27,11 +27,24 @@ from mates.preprocess.encode import CheckedEngine, EngineDifferenceError, Librar
 from mates.preprocess.features import NGRAM_BUCKETS
 from mates.preprocess.indexed import IndexLayout, token_dtype
 from mates.preprocess.inputs import InputError, InputFile
-from mates.preprocess.join import TOKENS_NAME, JoinedCorpus, Placement, metadata_name, place_part, places
+from mates.preprocess.join import TOKENS_NAME, JoinedCorpus, JoinedTokens, Placement, metadata_name, place_part, places
 from mates.preprocess.ledger import REJECTS_NAME, make_ledgers, refuse_empty, write_rejects
-from mates.preprocess.parts import SPLITS, Part, PartFiles, PartRecord, PartSettings, PartWriter, SplitShares, is_whole, read_record
+from mates.preprocess.parts import (
+    SPLITS,
+    Part,
+    PartFiles,
+    PartRecord,
+    PartSettings,
+    PartWriter,
+    SplitRecord,
+    SplitShares,
+    is_whole,
+    read_record,
+)
 from mates.preprocess.ranks import Alone, Ranks, on_all, on_first
 from mates.preprocess.readers import PartReader, ReadOptions, parts_of, read_texts
+from mates.preprocess.scorer import SCORER_NAME, Scorer, ScorerTokenizer, read_scorer_tokenizer
+from mates.preprocess.spans import TokenEnds
 from mates.preprocess.tokenizer import SpecialTokenText, Tokenizer, open_tokenizer
 from mates.preprocess.workers import WORKERS_LOCK, Stop, for_each, hold_worker_lock, try_lock
 
@@ -76,6 +89,7 @@ class _Job:
     tokenizer_dir: Path
     tokenizer: Tokenizer
     tokenizer_file: str
+    scorer: ScorerTokenizer | None
     settings: CorpusSettings
     inputs: list[InputFile]
     parts: list[Part]
@@ -96,6 +110,11 @@ class _Job:
     def itemsize(self) -> int:
         """Bytes of a token."""
         return token_dtype(self.tokenizer.vocab_size).itemsize
+
+    @property
+    def scorer_itemsize(self) -> int | None:
+        """Bytes of an encoder token, where these are made."""
+        return self.scorer.dtype.itemsize if self.scorer else None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -123,6 +142,7 @@ def make_corpora(
     inputs: list[InputFile],
     settings: CorpusSettings,
     tokenizer_dir: Path,
+    scorer_tokenizer: Path | None = None,
     workers: int = 1,
     part_bytes: int = PART_BYTES,
     ranks: Ranks | None = None,
@@ -137,6 +157,7 @@ def make_corpora(
         inputs: files, read in order.
         settings: how documents are read and divided. A share of 0 leaves that corpus out.
         tokenizer_dir: a tokenizer artifact.
+        scorer_tokenizer: folder or file of an encoder's tokenizer, whose tokens are written too (:mod:`.scorer`).
         workers: processes of each rank. part_bytes: size of the parts that large uncompressed and Parquet files are cut in.
         ranks: the MPI ranks that work together, from :func:`.ranks.find_ranks`.
         origin: fingerprint of what wrote the inputs, where that is known (the sample corpus); files are otherwise recognised by
@@ -150,23 +171,26 @@ def make_corpora(
         InputError: a damaged input where it is not to be skipped, or one of the corpora would be empty.
         ArtifactMismatchError: corpora of other inputs or settings stand there. DiskFullError: with the bytes that are missing.
         CorpusError: another process makes them. workers.WorkerDiedError: a process was killed.
+        TokenizerError: the scorer's tokenizer cannot be used, or not together with the other.
     """
     ranks = ranks or Alone()
     inputs = on_first(ranks, lambda: inputs)  # a folder may have been listed at different times
     found = []  # a tokenizer cannot be sent
     on_all(ranks, lambda: found.append(open_tokenizer(tokenizer_dir, special_token_text=settings.special_token_text)))
     tokenizer, tokenizer_manifest = found[0]
+    scorer = on_first(ranks, lambda: _read_scorer(scorer_tokenizer, tokenizer))
     counted = [(file, index, of) for file in inputs for of in [parts_of(file, part_bytes)] for index in range(of)]
     job = _Job(
         directory=directory,
         tokenizer_dir=tokenizer_dir,
         tokenizer=tokenizer,
         tokenizer_file=tokenizer_manifest.info["file"],
+        scorer=scorer,
         settings=settings,
         inputs=inputs,
         parts=[Part(number=number, file=file, index=index, of=of) for number, (file, index, of) in enumerate(counted)],
         asked=settings.as_json() | {"inputs": origin or [{"path": file.name, "bytes": file.bytes} for file in inputs]},
-        parents={"tokenizer": tokenizer_manifest.fingerprint},
+        parents={"tokenizer": tokenizer_manifest.fingerprint} | ({"scorer_tokenizer": scorer.files} if scorer else {}),
         workers=workers,
         ranks=ranks,
         progress=progress,
@@ -178,6 +202,13 @@ def make_corpora(
     with _lock(job):
         _make(job, complete=list(done))
     return on_all(job.ranks, lambda: _find(job))[job.ranks.rank]
+
+
+def _read_scorer(path: Path | None, tokenizer: Tokenizer) -> ScorerTokenizer | None:
+    if path is None:
+        return None
+    TokenEnds(tokenizer, LibraryEngine.name)  # what it cannot do is said before anything is made
+    return read_scorer_tokenizer(path)
 
 
 def _find(job: _Job) -> dict[str, Manifest]:
@@ -300,12 +331,11 @@ def _say_difference(job: _Job, difference: str) -> None:
 def _disk_full(job: _Job) -> DiskFullError:
     """How much space the rest needs, by what the finished parts took."""
     done = [(part, record) for part in job.parts if (record := _record(job, part, None)) is not None]
-    written = sum(
-        split.tokens * job.itemsize + split.documents * 24 + split.metadata_bytes for _, record in done for split in record.splits.values()
-    )
+    written = sum(_written_bytes(job, split) for _, record in done for split in record.splits.values())
     read = sum(part.file.bytes / part.of for part, _ in done)
     # before anything is done: about 4.4 bytes of text a token, and compressed text unfolds to some 2.7 times its size
-    ratio = written / read if read else job.itemsize * (1.2 if job.inputs[0].name.endswith((".gz", ".zst")) else 0.5) / 2
+    itemsize = job.itemsize + (job.scorer_itemsize + 1 if job.scorer_itemsize else 0)
+    ratio = written / read if read else itemsize * (1.2 if job.inputs[0].name.endswith((".gz", ".zst")) else 0.5) / 2
     left = sum(part.file.bytes / part.of for part in job.parts) - read
     free = shutil.disk_usage(job.directory).free
     needed = max(int(ratio * left), sum(split.documents * 20 for _, record in done for split in record.splits.values()), 1 << 20)
@@ -315,6 +345,11 @@ def _disk_full(job: _Job) -> DiskFullError:
     )
 
 
+def _written_bytes(job: _Job, split: SplitRecord) -> int:
+    written = split.tokens * job.itemsize + split.documents * 24 + split.metadata_bytes
+    return written + split.scorer_tokens * job.scorer_itemsize + split.tokens + split.documents * 24 if job.scorer_itemsize else written
+
+
 def _record(job: _Job, part: Part, engine: str | None) -> PartRecord | None:
     return read_record(PartFiles(job.folder, part.number), part, engine)
 
@@ -322,7 +357,7 @@ def _record(job: _Job, part: Part, engine: str | None) -> PartRecord | None:
 def _whole_record(job: _Job, engine: str, part: Part) -> PartRecord | None:
     """The record of a part that is done and whose files are whole."""
     record = _record(job, part, engine)
-    if record is None or record.joined or is_whole(PartFiles(job.folder, part.number), record, job.itemsize):
+    if record is None or record.joined or is_whole(PartFiles(job.folder, part.number), record, job.itemsize, job.scorer_itemsize):
         return record
     return None
 
@@ -339,6 +374,7 @@ class _MakeWriter:
     tokenizer_dir: Path
     engine: EngineName
     vocab_size: int
+    scorer: ScorerTokenizer | None
     difference: Path = field(kw_only=True)
     alone: bool = field(kw_only=True)
     told: Callable[[int], None] | None = field(default=None, kw_only=True)
@@ -347,11 +383,12 @@ class _MakeWriter:
     def __call__(self, stop: Stop) -> Callable[[Part], PartRecord]:
         if not self.alone:  # as many processes as cores: threads of the libraries would only be in each other's way
             os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-        engine = self.opened
-        if engine is None:
+        engine, scorer = self.opened, None
+        if engine is None or self.scorer is not None:
             tokenizer, _ = open_tokenizer(self.tokenizer_dir, special_token_text=self.settings.special_token_text)
-            engine = open_engine(tokenizer, self.engine)
-        writer = PartWriter(self.folder, self.settings, engine, vocab_size=self.vocab_size, stop=stop)
+            engine = engine or open_engine(tokenizer, self.engine)
+            scorer = Scorer(self.scorer, tokenizer, engine.name) if self.scorer else None
+        writer = PartWriter(self.folder, self.settings, engine, vocab_size=self.vocab_size, stop=stop, scorer=scorer)
         told = self.told or (lambda documents: None)
 
         mark = None if self.alone else hold_worker_lock(self.folder.parent)
@@ -404,6 +441,7 @@ def _tokenize_mine(job: _Job, engine: EngineName, opened: list[CheckedEngine | L
         job.tokenizer_dir,
         engine,
         job.tokenizer.vocab_size,
+        job.scorer,
         difference=_difference_file(job),
         alone=job.alone(workers),
         told=(lambda documents: job.progress(int(finished_bytes), f"{documents:,} documents")) if workers <= 1 else None,
@@ -435,9 +473,13 @@ def _named(job: _Job) -> dict[str, dict[str, FileRecord]]:
 def _corpora(job: _Job, records: Sequence[PartRecord]) -> dict[str, JoinedCorpus]:
     corpora = {}
     for split in job.splits:
-        total = places(records, split)[-1]
+        directory, total, scorer = job.directory / split, places(records, split)[-1], None
         layout = IndexLayout(dtype=token_dtype(job.tokenizer.vocab_size), sequences=total.sequence, documents=total.document)
-        corpora[split] = JoinedCorpus(directory=job.directory / split, layout=layout, tokens=total.token, job=job.folder.name[-16:])
+        main = JoinedTokens(prefix=directory / TOKENS_NAME, layout=layout, tokens=total.token)
+        if job.scorer:
+            layout = IndexLayout(dtype=job.scorer.dtype, sequences=total.scorer_sequence, documents=total.document)
+            scorer = JoinedTokens(prefix=directory / SCORER_NAME, layout=layout, tokens=total.scorer_token)
+        corpora[split] = JoinedCorpus(directory=directory, main=main, scorer=scorer, job=job.folder.name[-16:])
     return corpora
 
 
@@ -482,7 +524,7 @@ def _join(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorp
 def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCorpus], seconds: float, why: str) -> None:
     ledgers = make_ledgers(job.parts, records)
     write_rejects(job.directory / REJECTS_NAME, job.parts, records)
-    total = sum(corpus.tokens for corpus in corpora.values())
+    total = sum(corpus.main.tokens for corpus in corpora.values())
     engines = sorted({record.engine for record in records})
     if not _named_file(job).is_file():
         sealed = {split: _file_records(records, split, corpus) for split, corpus in corpora.items()}
@@ -491,6 +533,7 @@ def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCo
         )
     named = _named(job)
     for split, corpus in corpora.items():
+        tokens = corpus.main
         metadata = {
             metadata_name(number, len(records)): (
                 PartFiles(job.folder, record.number).metadata(split),
@@ -513,26 +556,32 @@ def _finish(job: _Job, records: list[PartRecord], corpora: Mapping[str, JoinedCo
             info={
                 "tokenizer": {"vocab_size": job.tokenizer.vocab_size, "end_of_document": job.tokenizer.end_of_document},
                 "engine": {"name": engines[0], "why": why},
-                "dtype": str(corpus.layout.dtype),
-                "documents": corpus.layout.documents,
-                "sequences": corpus.layout.sequences,
-                "tokens": corpus.tokens,
+                "dtype": str(tokens.layout.dtype),
+                "documents": tokens.layout.documents,
+                "sequences": tokens.layout.sequences,
+                "tokens": tokens.tokens,
                 "input_files": ledgers,
-            },
+            }
+            | ({"scorer": job.scorer.info | {"tokens": corpus.scorer.tokens}} if job.scorer and corpus.scorer else {}),
             files=names,
-            identity=[corpus.bin.name, corpus.idx.name],
+            identity=[path.name for path in corpus.sizes],
             hashed=hashed,
             # one pass makes all corpora; its time is divided by tokens so that sums over artifacts are right
-            cost=Cost(seconds=seconds * corpus.tokens / max(1, total), tokens=corpus.tokens),
+            cost=Cost(seconds=seconds * tokens.tokens / max(1, total), tokens=tokens.tokens),
         )
     shutil.rmtree(job.folder)
 
 
 def _file_records(records: Sequence[PartRecord], split: str, corpus: JoinedCorpus) -> dict[str, FileRecord]:
-    """Records of the token file, from the hashes of its parts, and of the index, which is complete with this."""
-    parts, itemsize = [record.splits[split] for record in records], corpus.layout.dtype.itemsize
-    sections = FileRecord.of_sections((part.tokens * itemsize, part.digest) for part in parts)
-    return {corpus.bin.name: sections, corpus.idx.name: corpus.seal()}
+    """Records of the token files, from the hashes of their parts, and of the indices, which are complete with this."""
+    parts, itemsize = [record.splits[split] for record in records], corpus.main.layout.dtype.itemsize
+    found = corpus.seal()
+    found[corpus.main.bin.name] = FileRecord.of_sections((part.tokens * itemsize, part.digest) for part in parts)
+    if corpus.scorer:
+        itemsize = corpus.scorer.layout.dtype.itemsize
+        found[corpus.scorer.bin.name] = FileRecord.of_sections((part.scorer_tokens * itemsize, str(part.scorer_digest)) for part in parts)
+        found[corpus.counts.name] = FileRecord.of_sections((part.tokens, str(part.counts_digest)) for part in parts)
+    return found
 
 
 def _write_ngrams(job: _Job, split: str, records: Sequence[PartRecord]) -> None:

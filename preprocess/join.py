@@ -19,6 +19,7 @@ from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, FileRecord
 from mates.preprocess.indexed import IndexLayout
 from mates.preprocess.parts import PartFiles, PartRecord, write_record
+from mates.preprocess.scorer import COUNTS_NAME, STARTS_NAME, STRIDE, starts_of
 
 TOKENS_NAME = "tokens"  # the prefix of .bin and .idx inside a corpus folder
 METADATA_FOLDER = "documents"
@@ -33,6 +34,32 @@ class Place:
     document: int
     sequence: int
     token: int
+    scorer_sequence: int = 0
+    scorer_token: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedTokens:
+    """A pair of .bin and .idx that parts are placed in; ``prefix`` is its final name without the endings."""
+
+    prefix: Path
+    layout: IndexLayout
+    tokens: int
+
+    @property
+    def bin(self) -> Path:
+        """The token file's final name."""
+        return self.prefix.with_name(f"{self.prefix.name}.bin")
+
+    @property
+    def idx(self) -> Path:
+        """The index' final name."""
+        return self.prefix.with_name(f"{self.prefix.name}.idx")
+
+    @property
+    def sizes(self) -> dict[Path, int]:
+        """Bytes of both files."""
+        return {self.bin: self.tokens * self.layout.dtype.itemsize, self.idx: self.layout.size}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +67,29 @@ class JoinedCorpus:
     """One corpus that parts are placed in: sizes are known, files have temporary names until all parts are in."""
 
     directory: Path
-    layout: IndexLayout
-    tokens: int
+    main: JoinedTokens
+    """The language model's tokens."""
+    scorer: JoinedTokens | None
+    """The encoder's, where they are made."""
     job: str
     """Names the work that the files belong to: that of other settings in the same folder must not be taken for it."""
 
     @property
-    def bin(self) -> Path:
-        """The token file's final name."""
-        return self.directory / f"{TOKENS_NAME}.bin"
+    def counts(self) -> Path:
+        """Final name of the file that says how many encoder tokens begin in each token."""
+        return self.directory / COUNTS_NAME
 
     @property
-    def idx(self) -> Path:
-        """The index' final name."""
-        return self.directory / f"{TOKENS_NAME}.idx"
+    def starts(self) -> Path:
+        """Final name of the file that says how many encoder tokens are before every 4,096th token."""
+        return self.directory / STARTS_NAME
 
     @property
-    def bin_bytes(self) -> int:
-        """Size of the token file."""
-        return self.tokens * self.layout.dtype.itemsize
+    def sizes(self) -> dict[Path, int]:
+        """Bytes of all files by final name, the index last."""
+        if self.scorer is None:
+            return self.main.sizes
+        return self.scorer.sizes | {self.counts: self.main.tokens, self.starts: 8 * -(-self.main.tokens // STRIDE)} | self.main.sizes
 
     def unfinished(self, path: Path) -> Path:
         """The name that a file has while parts are being placed."""
@@ -67,27 +98,33 @@ class JoinedCorpus:
     def prepare(self) -> None:
         """Make the files at their full sizes."""
         (self.directory / METADATA_FOLDER).mkdir(parents=True, exist_ok=True)
-        for path, size in ((self.bin, self.bin_bytes), (self.idx, self.layout.size)):
+        for path, size in self.sizes.items():
             with self.unfinished(path).open("wb") as handle:
                 handle.truncate(size)
 
-    def seal(self) -> FileRecord:
-        """All parts are in: write the index' header. Returns the index' record."""
-        path = self.unfinished(self.idx)
-        with path.open("r+b") as handle:
-            handle.write(self.layout.header())
-            handle.flush()
-            os.fsync(handle.fileno())
-        return FileRecord(bytes=path.stat().st_size, blake3=artifact.digest_of(path))
+    def seal(self) -> dict[str, FileRecord]:
+        """All parts are in: write the headers of indices. Returns the records of all files that are not made of sections, by name."""
+        records = {}
+        for tokens in [self.main, self.scorer] if self.scorer else [self.main]:
+            path = self.unfinished(tokens.idx)
+            with path.open("r+b") as handle:
+                handle.write(tokens.layout.header())
+                handle.flush()
+                os.fsync(handle.fileno())
+            records[tokens.idx.name] = FileRecord(bytes=path.stat().st_size, blake3=artifact.digest_of(path))
+        if self.scorer:
+            path = self.unfinished(self.starts)
+            records[self.starts.name] = FileRecord(bytes=path.stat().st_size, blake3=artifact.digest_of(path))
+        return records
 
     def holds(self, sealed: Mapping[str, FileRecord] | None) -> bool:
         """Whether the files that an earlier attempt placed parts in are still there.
 
         Args:
-            sealed: records of .bin and .idx by name, where the attempt came to giving them their names; under those, another's files
+            sealed: records of the files by name, where the attempt came to giving them their names; under those, another's files
                 may stand by now, so these are read and compared.
         """
-        for path, size in ((self.bin, self.bin_bytes), (self.idx, self.layout.size)):
+        for path, size in self.sizes.items():
             if self.unfinished(path).is_file():
                 if self.unfinished(path).stat().st_size != size:
                     return False
@@ -113,7 +150,7 @@ class JoinedCorpus:
             elif not artifact.is_as_recorded(self.directory / name, record):
                 raise ArtifactError(f"{self.directory / name}: not what was written; remove {written.parent} and run the step again")
         artifact.fsync_directory(self.directory / METADATA_FOLDER)
-        for path in (self.bin, self.idx):
+        for path in self.sizes:
             if self.unfinished(path).exists():
                 self.unfinished(path).replace(path)
         artifact.fsync_directory(self.directory)
@@ -121,14 +158,19 @@ class JoinedCorpus:
 
 def places(records: Sequence[PartRecord], split: str) -> list[Place]:
     """Where each part begins in a corpus, in order of parts; one more entry gives the totals."""
-    document = sequence = token = 0
-    result = []
+    result = [Place(document=0, sequence=0, token=0)]
     for record in records:
-        result.append(Place(document=document, sequence=sequence, token=token))
-        document += record.splits[split].documents
-        sequence += record.splits[split].sequences
-        token += record.splits[split].tokens
-    return [*result, Place(document=document, sequence=sequence, token=token)]
+        at, part = result[-1], record.splits[split]
+        result.append(
+            Place(
+                document=at.document + part.documents,
+                sequence=at.sequence + part.sequences,
+                token=at.token + part.tokens,
+                scorer_sequence=at.scorer_sequence + part.scorer_sequences,
+                scorer_token=at.scorer_token + part.scorer_tokens,
+            )
+        )
+    return result
 
 
 def metadata_name(number: int, parts: int) -> str:
@@ -157,27 +199,52 @@ def place_part(folder: Path, corpora: Mapping[str, JoinedCorpus], placement: Pla
 
 def _place(files: PartFiles, split: str, corpus: JoinedCorpus, placement: Placement) -> None:
     at, part = placement.at[split], placement.record.splits[split]
-    itemsize = corpus.layout.dtype.itemsize
-    lengths = np.fromfile(files.lengths(split), np.int32)
-    if len(lengths) != part.documents or files.tokens(split).stat().st_size != part.tokens * itemsize:
-        raise ArtifactError(f"{files.tokens(split)}: not what {files.record} says; remove {files.record} and run the step again")
-    with corpus.unfinished(corpus.bin).open("r+b") as target, files.tokens(split).open("rb") as source:
-        copy_into(source, target, at.token * itemsize, part.tokens * itemsize)
-        os.fsync(target.fileno())
-    with corpus.unfinished(corpus.idx).open("r+b") as target:
-        pieces = corpus.layout.pieces(lengths, first_document=at.document, first_sequence=at.sequence, first_token=at.token)
-        for offset, data in pieces:
-            target.seek(offset)
-            target.write(data)
-        target.flush()
+    pairs = [(corpus.main, files.tokens(split), files.lengths(split), at.sequence, at.token, part.tokens)]
+    if corpus.scorer:
+        own = (files.scorer_tokens(split), files.scorer_lengths(split), at.scorer_sequence, at.scorer_token, part.scorer_tokens)
+        pairs.append((corpus.scorer, *own))
+    for tokens, source, lengths_file, first_sequence, first_token, count in pairs:
+        itemsize = tokens.layout.dtype.itemsize
+        lengths = np.fromfile(lengths_file, np.int32)
+        if len(lengths) != part.documents:
+            raise _wrong(lengths_file, files)
+        _place_file(files, source, corpus.unfinished(tokens.bin), first_token * itemsize, count * itemsize)
+        with corpus.unfinished(tokens.idx).open("r+b") as target:
+            pieces = tokens.layout.pieces(lengths, first_document=at.document, first_sequence=first_sequence, first_token=first_token)
+            for offset, data in pieces:
+                target.seek(offset)
+                target.write(data)
+            target.flush()
+            os.fsync(target.fileno())
+    if corpus.scorer and part.tokens:
+        counts_file = files.scorer_counts(split)
+        _place_file(files, counts_file, corpus.unfinished(corpus.counts), at.token, part.tokens)
+        counts = np.memmap(counts_file, np.uint8, "r")
+        first, starts = starts_of(counts, first_token=at.token, first_scorer_token=at.scorer_token)
+        with corpus.unfinished(corpus.starts).open("r+b") as target:
+            target.seek(8 * first)
+            target.write(starts.tobytes())
+            target.flush()
+            os.fsync(target.fileno())
+
+
+def _wrong(path: Path, files: PartFiles) -> ArtifactError:
+    return ArtifactError(f"{path}: not what {files.record} says; remove {files.record} and run the step again")
+
+
+def _place_file(files: PartFiles, source_file: Path, target_file: Path, offset: int, size: int) -> None:
+    if source_file.stat().st_size != size:
+        raise _wrong(source_file, files)
+    with target_file.open("r+b") as target, source_file.open("rb") as source:
+        copy_into(source, target, offset, size)
         os.fsync(target.fileno())
 
 
 def remove_part(files: PartFiles, record: PartRecord) -> None:
     """Remove the files of a part that were copied."""
     for split in record.splits:
-        for path in (files.tokens(split), files.lengths(split)):
-            path.unlink(missing_ok=True)
+        for name in (files.tokens, files.lengths, files.scorer_tokens, files.scorer_lengths, files.scorer_counts):
+            name(split).unlink(missing_ok=True)
 
 
 def copy_into(source: Any, target: Any, offset: int, size: int) -> None:

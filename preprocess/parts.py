@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mates.preprocess.features import NGRAM_BUCKETS, TOKENS_COLUMN, Feature, fea
 from mates.preprocess.indexed import token_dtype
 from mates.preprocess.inputs import InputFile
 from mates.preprocess.readers import Block, PartReader, ReadOptions
+from mates.preprocess.scorer import Scorer, ScorerBlock
 from mates.preprocess.workers import Stop, StoppedError
 
 SPLITS = ("train", "pool", "holdout")
@@ -84,7 +85,8 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitRecord:
-    """What a part gave to one corpus; ``digest`` is of its tokens' bytes, ``metadata`` of its Parquet file."""
+    """What a part gave to one corpus; ``digest`` is of its tokens' bytes, ``metadata`` of its Parquet file, ``scorer`` of the encoder's
+    tokens, where these are made, and ``counts_digest`` of how many of them begin in each token."""
 
     documents: int
     sequences: int
@@ -92,6 +94,10 @@ class SplitRecord:
     digest: str
     metadata_bytes: int
     metadata_digest: str
+    scorer_sequences: int = 0
+    scorer_tokens: int = 0
+    scorer_digest: str | None = None
+    counts_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +143,18 @@ class PartFiles:
         """Tokens of each document, int32."""
         return self._folder / f"{self._stem}-{split}.lengths"
 
+    def scorer_tokens(self, split: str) -> Path:
+        """Token ids of the encoder."""
+        return self._folder / f"{self._stem}-{split}.scorer.bin"
+
+    def scorer_lengths(self, split: str) -> Path:
+        """Those of each document, int32."""
+        return self._folder / f"{self._stem}-{split}.scorer.lengths"
+
+    def scorer_counts(self, split: str) -> Path:
+        """Those that begin in each token, uint8."""
+        return self._folder / f"{self._stem}-{split}.scorer.counts"
+
     def metadata(self, split: str) -> Path:
         """One row a document."""
         return self._folder / f"{self._stem}-{split}.parquet"
@@ -169,33 +187,78 @@ def read_record(files: PartFiles, part: Part, engine: str | None) -> PartRecord 
     return record
 
 
-def is_whole(files: PartFiles, record: PartRecord, itemsize: int) -> bool:
+def is_whole(files: PartFiles, record: PartRecord, itemsize: int, scorer_itemsize: int | None = None) -> bool:
     """Whether the files that a part's record speaks of hold what was written, which a crash of the machine may have undone.
 
     Args:
         files: where they are. record: of a part that is not joined.
-        itemsize: bytes of a token.
+        itemsize: bytes of a token. scorer_itemsize: of an encoder token, where these are made.
     """
     for split, part in record.splits.items():
-        metadata = FileRecord(bytes=part.metadata_bytes, blake3=part.metadata_digest)
-        tokens = FileRecord(bytes=part.tokens * itemsize, blake3=part.digest)
-        if not (artifact.is_as_recorded(files.metadata(split), metadata) and artifact.is_as_recorded(files.tokens(split), tokens)):
+        expected = {
+            files.metadata(split): FileRecord(bytes=part.metadata_bytes, blake3=part.metadata_digest),
+            files.tokens(split): FileRecord(bytes=part.tokens * itemsize, blake3=part.digest),
+        }
+        sums = {files.lengths(split): part.tokens}
+        if scorer_itemsize is not None:
+            if part.scorer_digest is None or part.counts_digest is None:
+                return False
+            expected[files.scorer_tokens(split)] = FileRecord(bytes=part.scorer_tokens * scorer_itemsize, blake3=part.scorer_digest)
+            expected[files.scorer_counts(split)] = FileRecord(bytes=part.tokens, blake3=part.counts_digest)
+            sums[files.scorer_lengths(split)] = part.scorer_tokens
+        if not all(artifact.is_as_recorded(path, found) for path, found in expected.items()):
             return False
-        if not files.lengths(split).is_file():
-            return False
-        lengths = np.fromfile(files.lengths(split), np.int32)
-        if len(lengths) != part.documents or int(lengths.sum()) != part.tokens:
-            return False
+        for path, total in sums.items():
+            if not path.is_file():
+                return False
+            lengths = np.fromfile(path, np.int32)
+            if len(lengths) != part.documents or int(lengths.sum()) != total:
+                return False
     return True
+
+
+class _TokenWriter:
+    """A part's tokens of one kind, and their lengths."""
+
+    def __init__(self, tokens: Path, lengths: Path, dtype: np.dtype[Any], stack: ExitStack) -> None:
+        # most often these are joined and removed before the disk would have them; is_whole finds what a crash took
+        self._tokens = stack.enter_context(artifact.atomic_file(tokens, durable=False))
+        self._lengths = stack.enter_context(artifact.atomic_file(lengths, durable=False))
+        self._dtype = dtype
+        self.digest = blake3()
+        self.sequences = self.tokens = 0
+
+    def write(self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int32]) -> None:
+        stored = _as_stored(ids, self._dtype)
+        self.digest.update(stored.view(np.uint8).data)
+        self._tokens.write(stored.data)
+        self._lengths.write(lengths.data)
+        self.sequences += int(np.count_nonzero(lengths))
+        self.tokens += len(ids)
+
+
+class _ScorerWriter(_TokenWriter):
+    """A part's encoder tokens."""
+
+    def __init__(self, files: PartFiles, split: str, dtype: np.dtype[Any], stack: ExitStack) -> None:
+        super().__init__(files.scorer_tokens(split), files.scorer_lengths(split), dtype, stack)
+        self._counts = stack.enter_context(artifact.atomic_file(files.scorer_counts(split), durable=False))
+        self.counts_digest = blake3()
+
+    def write_block(self, block: ScorerBlock) -> None:
+        self.write(block.ids, block.lengths)
+        self.counts_digest.update(block.counts.data)
+        self._counts.write(block.counts.data)
 
 
 class _SplitWriter:
     """A part's files of one split."""
 
-    def __init__(self, files: PartFiles, split: str, dtype: np.dtype[Any], schema: pa.Schema, stack: ExitStack) -> None:
-        # most often these are joined and removed before the disk would have them; is_whole finds what a crash took
-        self._tokens = stack.enter_context(artifact.atomic_file(files.tokens(split), durable=False))
-        self._lengths = stack.enter_context(artifact.atomic_file(files.lengths(split), durable=False))
+    def __init__(
+        self, files: PartFiles, split: str, dtype: np.dtype[Any], schema: pa.Schema, scorer: np.dtype[Any] | None, stack: ExitStack
+    ) -> None:
+        self._tokens = _TokenWriter(files.tokens(split), files.lengths(split), dtype, stack)
+        self._scorer = _ScorerWriter(files, split, scorer, stack) if scorer is not None else None
         self._metadata_path = files.metadata(split)
         self._metadata_handle = stack.enter_context(artifact.atomic_file(self._metadata_path))
         # addresses and dates seldom come twice: a dictionary of them would only take time
@@ -203,21 +266,20 @@ class _SplitWriter:
         self._metadata = stack.enter_context(writer)
         self._schema, self._held, self._held_bytes = schema, 0, 0
         self._batches: list[pa.RecordBatch] = []
-        self._digest = blake3()
-        self._dtype = dtype
-        self.documents = self.sequences = self.tokens = 0
+        self._documents = 0
 
-    def write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], columns: list[pa.Array]) -> None:
-        self._digest.update(ids.view(np.uint8).data)
-        self._tokens.write(ids.data)
-        self._lengths.write(lengths.data)
+    def write(
+        self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int32], columns: list[pa.Array], scorer: ScorerBlock | None
+    ) -> None:
+        self._tokens.write(ids, lengths)
+        if self._scorer is not None:
+            assert scorer is not None
+            self._scorer.write_block(scorer)
         batch = pa.record_batch(columns, schema=self._schema)
         self._batches.append(batch)
         self._held += len(lengths)
         self._held_bytes += batch.nbytes
-        self.documents += len(lengths)
-        self.sequences += int(np.count_nonzero(lengths))
-        self.tokens += len(ids)
+        self._documents += len(lengths)
         if self._held >= ROW_GROUP or self._held_bytes >= HELD_BYTES:
             self.flush()
 
@@ -230,13 +292,22 @@ class _SplitWriter:
 
     def record(self) -> SplitRecord:
         """To be called when the files are closed."""
-        return SplitRecord(
-            documents=self.documents,
-            sequences=self.sequences,
-            tokens=self.tokens,
-            digest=self._digest.hexdigest(),
+        record = SplitRecord(
+            documents=self._documents,
+            sequences=self._tokens.sequences,
+            tokens=self._tokens.tokens,
+            digest=self._tokens.digest.hexdigest(),
             metadata_bytes=self._metadata_path.stat().st_size,
             metadata_digest=artifact.digest_of(self._metadata_path),
+        )
+        if self._scorer is None:
+            return record
+        return replace(
+            record,
+            scorer_sequences=self._scorer.sequences,
+            scorer_tokens=self._scorer.tokens,
+            scorer_digest=self._scorer.digest.hexdigest(),
+            counts_digest=self._scorer.counts_digest.hexdigest(),
         )
 
 
@@ -262,8 +333,10 @@ def _without_ends(ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64]) -
 class PartWriter:
     """Tokenizes parts into the folder of unfinished work; one object a process."""
 
-    def __init__(self, folder: Path, settings: PartSettings, engine: Engine, *, vocab_size: int, stop: Stop) -> None:
-        self._folder, self._settings, self._engine, self._stop = folder, settings, engine, stop
+    def __init__(
+        self, folder: Path, settings: PartSettings, engine: Engine, *, vocab_size: int, stop: Stop, scorer: Scorer | None = None
+    ) -> None:
+        self._folder, self._settings, self._engine, self._stop, self._scorer = folder, settings, engine, stop, scorer
         self._encoded = 0  # documents of the part
         self._dtype = token_dtype(vocab_size)
         metadata = [pa.field(name, pa.string()) for name in settings.reading.metadata_fields]
@@ -284,7 +357,8 @@ class PartWriter:
         splits = self._settings.shares.splits
         ngrams = {split: np.zeros(NGRAM_BUCKETS, np.int64) for split in splits if "ngrams" in self._settings.features}
         with ExitStack() as stack:
-            writers = {split: _SplitWriter(files, split, self._dtype, self._schema, stack) for split in splits}
+            scorer = self._scorer.dtype if self._scorer else None
+            writers = {split: _SplitWriter(files, split, self._dtype, self._schema, scorer, stack) for split in splits}
             for block in reader:
                 if self._stop.is_set():
                     raise StoppedError
@@ -330,7 +404,7 @@ class PartWriter:
                 columns += more
                 if counts is not None:
                     np.add.at(ngrams[split], counts.buckets, counts.counts)
-            writers[split].write(_as_stored(ids, self._dtype), lengths, columns)
+            writers[split].write(ids, lengths, columns, self._scorer(texts, ids, offsets) if self._scorer else None)
 
     def _encode(self, texts: list[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         first, self._encoded = self._encoded, self._encoded + len(texts)

@@ -269,6 +269,75 @@ def _is_lower_case(vocabulary: Iterable[str]) -> bool:
     return all(piece == piece.lower() for piece in vocabulary if not (piece.startswith("[") and piece.endswith("]")))
 
 
+# --- an encoder's tokenizer ----------------------------------------------------------------------------------------
+
+
+def load_encoder_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """An encoder's tokenizer, of the same files as the language model's but no sentencepiece model, as :func:`without_additions` gives it;
+    special tokens in text are ordinary text.
+
+    Raises:
+        TokenizerError: nothing there, or a file of another form.
+    """
+    try:
+        source = _find_source(path)
+        if source.form == "sentencepiece":
+            raise TokenizerError(f"{source.file}: a sentencepiece model; an encoder's tokenizer is a Hugging Face one (tokenizer.json)")
+        library = without_additions(_load_hugging_face(source))
+    except TokenizerError as error:
+        raise TokenizerError(f"corpus.scorer_tokenizer: {error}") from error
+    library.encode_special_tokens = True
+    return library
+
+
+def without_additions(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that adds, cuts and fills up nothing, and whose offsets are not trimmed of the spaces that a token holds."""
+    import tokenizers
+
+    state = json.loads(library.to_str()) | {"truncation": None, "padding": None, "post_processor": None}
+    copy = tokenizers.Tokenizer.from_str(json.dumps(state))
+    copy.encode_special_tokens = library.encode_special_tokens
+    return copy
+
+
+def encoding_hash(library: tokenizers.Tokenizer) -> str:
+    """BLAKE3 (hex) of what decides the ids of ordinary text, so that the forms in which one tokenizer is distributed have one hash."""
+    state = json.loads(library.to_str())
+    return artifact.fingerprint_of({name: state[name] for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+
+
+def encoder_files_hash(path: Path) -> str:
+    """BLAKE3 (hex) of the files that :func:`load_encoder_tokenizer` reads."""
+    return artifact.fingerprint_of(_checksums(_find_source(path)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyDifference:
+    """Ids, ascending, that do not name the same token for a language model and an encoder."""
+
+    text: list[int]
+    """Those that text can become; an encoder that has none of these reads the language model's ids of any text as they are."""
+    special: list[int]
+    """The end-of-document id and those of other special tokens, for which the encoder may have names of its own."""
+
+
+def vocabulary_difference(tokenizer: Tokenizer, encoder: tokenizers.Tokenizer) -> VocabularyDifference:
+    """Compare every id of a language model's vocabulary with what the encoder calls by it; further ids of the encoder do not matter."""
+    own: dict[int, str]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        own = {number: name for name, number in tokenizer.library.get_vocab(with_added_tokens=True).items()}
+        special = {number for number, token in tokenizer.library.get_added_tokens_decoder().items() if token.special}
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        own = {number: str(tokenizer.library.id_to_piece(number)) for number in range(tokenizer.vocab_size)}
+        special = {number for number in own if tokenizer.library.is_control(number)}
+    differing = [number for number in sorted(own) if encoder.id_to_token(number) != own[number]]
+    special |= {tokenizer.end_of_document}
+    return VocabularyDifference(
+        text=[number for number in differing if number not in special], special=[number for number in differing if number in special]
+    )
+
+
 # --- the tokenizer artifact ----------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Manifest
 from mates.preprocess.corpus import TOKENS_NAME
 from mates.preprocess.indexed import Indexed, open_indexed
+from mates.preprocess.scorer import ScorerTokens, open_scorer_tokens
 
 
 def sample_count(tokens: int, length: int) -> int:
@@ -62,8 +63,7 @@ class Corpus:
 
     def stored(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
         """The same in the dtype of the file, copied once and no more."""
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.samples):
-            raise IndexError(f"{self.directory}: sample ids {int(ids.min())} to {int(ids.max())} of {self.samples}")
+        self._check(ids)
         if len(self._rows) == 1:
             return self._rows[0][ids]
         result = np.empty((len(ids), self.length + 1), self.dtype)
@@ -82,6 +82,58 @@ class Corpus:
             strides = (self.length * tokens.itemsize, tokens.itemsize)
             rows.append(np.lib.stride_tricks.as_strided(tokens, (samples, self.length + 1), strides, writeable=False))
         return rows
+
+    @property
+    def has_scorer_tokens(self) -> bool:
+        """Whether each part holds an encoder's tokens (``corpus.scorer_tokenizer``)."""
+        return all("scorer" in manifest.info for manifest in self._part_manifests)
+
+    @cached_property
+    def scorer_hash(self) -> str:
+        """:func:`mates.preprocess.tokenizer.encoding_hash` of the tokenizer that made the encoder's tokens.
+
+        Raises:
+            ArtifactError: a part has no such tokens, or another tokenizer's than the first one's.
+        """
+        found = []
+        for (directory, _), manifest in zip(self.parts, self._part_manifests, strict=True):
+            if "scorer" not in manifest.info:
+                raise ArtifactError(f"{directory}: no encoder tokens; make this corpus with corpus.scorer_tokenizer")
+            found.append(manifest.info["scorer"])
+            if found[-1]["hash"] != found[0]["hash"]:
+                raise ArtifactError(
+                    f"{directory}: encoder tokens of {found[-1]['tokenizer']} ({found[-1]['hash'][:16]}…), in {self.parts[0][0]} of "
+                    f"{found[0]['tokenizer']} ({found[0]['hash'][:16]}…); make both with one corpus.scorer_tokenizer"
+                )
+        return str(found[0]["hash"])
+
+    def scorer_tokens(self, ids: npt.NDArray[np.int64], limit: int) -> list[npt.NDArray[np.integer[Any]]]:
+        """For each sample of ``ids`` the encoder tokens that begin in the text of its tokens [i·L, i·L + L), at most ``limit`` of them.
+
+        They are views of the file, without special tokens. IndexError for an id outside the corpus; ArtifactError as :attr:`scorer_hash`.
+        """
+        self._check(ids)
+        part_of = np.searchsorted(self.starts, ids, side="right") - 1
+        result: list[npt.NDArray[np.integer[Any]]] = [np.zeros(0, np.int32)] * len(ids)
+        for part in np.unique(part_of).tolist():
+            own = np.flatnonzero(part_of == part)
+            windows = self._scorers[part].windows((ids[own] - self.starts[part]) * self.length, self.length, limit)
+            for place, window in zip(own.tolist(), windows, strict=True):
+                result[place] = window
+        return result
+
+    @cached_property
+    def _part_manifests(self) -> list[Manifest]:
+        return [artifact.load(directory, "corpus") for directory, _ in self.parts]
+
+    @cached_property
+    def _scorers(self) -> list[ScorerTokens]:
+        assert self.scorer_hash
+        return [open_scorer_tokens(directory, len(indexed.tokens)) for directory, indexed in self.parts]
+
+    def _check(self, ids: npt.NDArray[np.int64]) -> None:
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.samples):
+            raise IndexError(f"{self.directory}: sample ids {int(ids.min())} to {int(ids.max())} of {self.samples}")
 
     def document_of(self, sample: int) -> tuple[Path, int]:
         """The part, by its folder, and the number in it of the document that a sample's first token belongs to.

@@ -122,6 +122,7 @@ def preprocess_step(recipe: Recipe, ranks: Ranks | None = None) -> dict[str, Man
                 special_token_text=recipe.corpus.special_token_text,
             ),
             tokenizer_dir=layout.tokenizer,
+            scorer_tokenizer=Path(recipe.corpus.scorer_tokenizer) if recipe.corpus.scorer_tokenizer else None,
             workers=workers,
             ranks=ranks,
             origin=origin,

@@ -30,10 +30,14 @@ from mates.preprocess.tokenizer import (
     SpecialTokenText,
     Tokenizer,
     TokenizerError,
+    VocabularyDifference,
+    encoding_hash,
+    load_encoder_tokenizer,
     load_tokenizer,
     looks_like_path,
     make_tokenizer,
     open_tokenizer,
+    vocabulary_difference,
 )
 
 END = "<|endoftext|>"
@@ -635,3 +639,50 @@ def test_models_of_any_name_in_a_folder_are_found(tmp_path: Path, sentencepiece_
     assert isinstance(loaded, SentencePieceTokenizer)
     make(tmp_path / "taken", path=tmp_path)
     assert open_tokenizer(tmp_path / "taken")[0].vocab_size == loaded.vocab_size
+
+
+# --- an encoder's tokenizer ----------------------------------------------------------------------------------------
+
+
+def test_the_forms_of_one_tokenizer_encode_alike(tmp_path: Path, bpe_dir: Path) -> None:
+    """Vocabulary files, what transformers writes, what comes around a text: one hash. Another vocabulary: another."""
+    from transformers import AutoTokenizer
+
+    vocabulary, saved, made = tmp_path / "vocabulary", tmp_path / "saved", tmp_path / "made"
+    vocabulary.mkdir()
+    (vocabulary / "vocab.txt").write_text("".join(f"{piece}\n" for piece in PIECES), encoding="utf-8")
+    (vocabulary / "config.json").write_text('{"model_type": "bert"}')
+    theirs = AutoTokenizer.from_pretrained(vocabulary, local_files_only=True)
+    theirs(["a"], truncation=True, max_length=4, padding="max_length")  # it keeps these in its state
+    theirs.save_pretrained(saved)
+    make(made, path=vocabulary)
+    expected = encoding_hash(load_encoder_tokenizer(vocabulary))
+    assert {encoding_hash(load_encoder_tokenizer(folder)) for folder in (saved, made, made / "tokenizer.json")} == {expected}
+    assert encoding_hash(theirs.backend_tokenizer) == expected
+    (vocabulary / "vocab.txt").write_text("".join(f"{piece}\n" for piece in [*PIECES, "aa"]), encoding="utf-8")
+    assert encoding_hash(load_encoder_tokenizer(vocabulary)) != expected
+    assert load_encoder_tokenizer(saved).encode("[SEP] a ab").tokens[-2:] == ["a", "ab"]
+    assert 3 not in load_encoder_tokenizer(saved).encode("[SEP] a " * 9).ids
+
+
+def test_vocabularies_that_are_the_same_and_that_differ(bpe_dir: Path, sentencepiece_dir: Path) -> None:
+    tokenizer = open_tokenizer(bpe_dir)[0]
+    state = json.loads((bpe_dir / "tokenizer.json").read_text())
+    same = tokenizers.Tokenizer.from_str(json.dumps(state))
+    same.add_special_tokens(["[CLS]", "[MASK]"])  # ids of the encoder alone
+    assert vocabulary_difference(tokenizer, same) == VocabularyDifference(text=[], special=[])
+    names = {number: name for name, number in state["model"]["vocab"].items()}
+    ordinary = [number for number in names if number not in (0, 1, 2)][5:100:30]
+    for changed in (ordinary[:1], ordinary):
+        vocabulary = {f"{name}?" if number in changed else name: number for number, name in names.items()}
+        library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=names[1]))
+        assert vocabulary_difference(tokenizer, library) == VocabularyDifference(text=changed, special=[])
+    vocabulary = {"[SEP]" if name == END else name: number for number, name in names.items()}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=names[1]))
+    assert vocabulary_difference(tokenizer, library) == VocabularyDifference(text=[], special=[tokenizer.end_of_document])
+    small = tokenizers.Tokenizer(tokenizers.models.WordLevel({names[number]: number for number in range(400)}, unk_token=names[1]))
+    assert vocabulary_difference(tokenizer, small).text == list(range(400, 500))
+    pieces = open_tokenizer(sentencepiece_dir)[0]
+    found = vocabulary_difference(pieces, same)
+    assert {0, 1, 2} & {*found.special}
+    assert sorted([*found.text, *found.special])[-1] == 599
