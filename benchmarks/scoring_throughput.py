@@ -4,9 +4,9 @@
 
 The published way decodes each sample, tokenizes the text for the encoder, pads it to 1,024 tokens, which the encoder reads as two chunks of
 512, 128 samples at a time, and writes Arrow files. Ours reads the encoder's tokens that preprocessing wrote, forms batches of samples of
-like lengths under ``score.batch_tokens``, and writes ``.npy`` files. Both have the same weights, cores and samples of real C4 text, and take
-turns. Gate: scores of documents agree to 1e-4 of their SD; those of windows, whose first and last words the published way tokenizes in
-pieces, by a Spearman of at least 0.99. In a third turn ours decodes and tokenizes too, which shows what the written tokens are worth.
+like lengths under ``score.batch_tokens``, and writes ``.npy`` files. Both have the same weights, cores and samples of real C4 text, and
+take turns. Gate: scores of documents agree to 1e-4 of their SD; those of windows, whose first and last words the published way tokenizes
+in pieces, by a Spearman of at least 0.99. In a third turn ours decodes and tokenizes too, which shows what the written tokens are worth.
 
 Writes ``scoring_throughput.json`` into ``--results``.
 """
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, new_encoder
 from mates.engine.influence.inputs import EncoderInputs, OwnTokens, TokenIds
 from mates.engine.influence.model import Samples, predict
-from mates.preprocess import artifact
 from mates.preprocess.artifact import write_array, write_json
 from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
 
@@ -44,6 +43,7 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 LENGTH, CHUNK, BATCH = 1024, 512, 128
 Json = dict[str, Any]
 Scores = npt.NDArray[np.float32]
+Ways = Mapping[str, Callable[[Path], Scores]]
 
 
 def prepare(options: argparse.Namespace) -> Recipe:
@@ -87,7 +87,7 @@ class Documents:
         return found[:count]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Read:
     """What the encoder reads of documents: an :class:`EncoderInputs`."""
 
@@ -145,7 +145,7 @@ class Decoding(OwnTokens):
         return "text"
 
 
-def in_turn(ways: Mapping[str, Callable[[Path], Scores]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Scores]]:
+def in_turn(ways: Ways, rounds: int) -> tuple[dict[str, list[float]], dict[str, Scores]]:
     """Seconds of each way in each round after one that is not timed, and its scores."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     scores = {}
@@ -159,7 +159,7 @@ def in_turn(ways: Mapping[str, Callable[[Path], Scores]], rounds: int) -> tuple[
     return seconds, scores
 
 
-def compare(ways: Mapping[str, Callable[[Path], Scores]], samples: int, tokens: int, rounds: int, gate: Callable[[Scores, Scores], Json]) -> Json:
+def compare(ways: Ways, samples: int, tokens: int, rounds: int, gate: Callable[[Scores, Scores], Json]) -> Json:
     """Rates and ratios of one kind of samples."""
     seconds, scores = in_turn(ways, rounds)
     agreement = {name: gate(scores["published"], own) for name, own in scores.items() if name != "published"}

@@ -338,7 +338,7 @@ def check_paths(recipe: Recipe) -> None:
     from mates.engine.layout import union_layouts
     from mates.preprocess.artifact import MANIFEST_NAME
     from mates.preprocess.inputs import find_inputs
-    from mates.preprocess.tokenizer import load_tokenizer, looks_like_path
+    from mates.preprocess.tokenizer import load_encoder_tokenizer, load_tokenizer, looks_like_path
 
     require_packages(recipe)
     check_model(recipe)
@@ -354,6 +354,8 @@ def check_paths(recipe: Recipe) -> None:
         require(path.is_file(), name, str(path), "a file that is there")
     if recipe.tokenizer.path is not None and looks_like_path(recipe.tokenizer.path):
         load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document, recipe.corpus.special_token_text)
+    if recipe.corpus.scorer_tokenizer is not None:
+        load_encoder_tokenizer(Path(recipe.corpus.scorer_tokenizer))
     if "ratings" in recipe.methods:
         ratings = recipe.baselines.ratings
         require(ratings is not None and Path(ratings).is_file(), "baselines.ratings", ratings, "a file that is there")

@@ -13,6 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import in_threads
+from synthetic_run import build_data, make_recipe
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mates.engine.config import FitConfig, ScoreConfig
 from mates.engine.distributed import World
@@ -21,6 +25,8 @@ from mates.engine.influence.fit import agreement, split_labels
 from mates.engine.influence.inputs import CorpusIds, OwnTokens, chunk, groups
 from mates.engine.influence.model import Samples, predict
 from mates.engine.influence.training import EncoderFit
+from mates.engine.layout import layout_of
+from mates.engine.pretrain.stage import open_train_corpus
 from mates.preprocess.tokenizer import open_tokenizer
 
 CONFIG = FitConfig(hidden_size=32, layers=2, heads=4, chunk_tokens=16, max_chunks=2)
@@ -44,6 +50,8 @@ def by_hand(model: InfluenceEncoder, sample: np.ndarray, chunk_tokens: int) -> f
 
 class Given:
     """A corpus of given samples."""
+
+    has_scorer_tokens = False
 
     def __init__(self, windows: np.ndarray) -> None:
         self._windows, self.length = windows, windows.shape[1]
@@ -116,28 +124,67 @@ def test_groups_hold_every_sequence_once_and_keep_to_the_budget(lengths: list[in
     assert flat == sorted(flat, reverse=True)
 
 
-def test_an_encoder_with_its_own_tokenizer(bpe_dir: Path, texts: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bert_dir(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT with a word-piece vocabulary."""
     from transformers import BertConfig, BertModel
 
+    folder = tmp_path_factory.mktemp("bert")
     words = sorted({word for text in texts[:50] for word in text.lower().split() if word.isalpha()})
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
     shape = BertConfig(vocab_size=5 + len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    BertModel(shape).save_pretrained(tmp_path)
-    config = replace(CONFIG, encoder=str(tmp_path), chunk_tokens=32)
+    BertModel(shape).save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_with_its_own_tokenizer(bpe_dir: Path, bert_dir: Path, texts: list[str]) -> None:
+    config = replace(CONFIG, encoder=str(bert_dir), chunk_tokens=32)
     tokenizer, _ = open_tokenizer(bpe_dir)
-    reader = OwnTokens(config, tokenizer, tmp_path)
-    text = texts[0]
-    ids = tokenizer.encode_batch([text])[0]
-    batch = chunk(reader.sequences(samples_of(ids[None])), config.chunk_tokens, reader.pad)
-    unknown, cls, sep = 1, 2, 3
-    assert batch.ids[0, 0] == cls
-    last = batch.ids[-1][batch.mask[-1]][-1].item()
-    assert last == sep or int(batch.mask.sum()) == config.chunk_tokens * config.max_chunks
-    assert {int(value) for value in batch.ids[batch.mask]} - {unknown, cls, sep} <= set(range(5, 5 + len(words)))
+    reader = OwnTokens(config, tokenizer, bert_dir)
+    ids = tokenizer.encode_batch([texts[0]])[0]
+    samples = samples_of(ids[None])
+    assert reader.source(samples.corpus) == "text"
+    (found,) = reader.sequences(samples)
+    expected = AutoTokenizer.from_pretrained(bert_dir)(texts[0], truncation=True, max_length=64)["input_ids"]
+    assert found.tolist() == expected
     model = EncoderModel(new_encoder(config, reader.vocab_size).eval(), reader, config, ScoreConfig(), torch.device("cpu"))
-    score = predict(model, samples_of(ids[None]))
+    score = predict(model, samples)
     assert score.shape == (1, 1)
     assert np.isfinite(score).all()
+
+
+def test_an_encoder_reads_what_preprocessing_wrote_for_it(bert_dir: Path, tmp_path: Path) -> None:
+    """Without a decoder; over the seams of words the same as the text of the sample would give."""
+    made = make_recipe(tmp_path)
+    made = replace(made, corpus=replace(made.corpus, scorer_tokenizer=str(bert_dir)))
+    build_data(made)
+    corpus = open_train_corpus(made)
+    tokenizer, _ = open_tokenizer(layout_of(made).tokenizer)
+    reader = OwnTokens(replace(CONFIG, chunk_tokens=32, max_chunks=4), tokenizer, bert_dir)
+    assert reader.source(corpus) == "stored"
+    found = reader.sequences(Samples(corpus, np.arange(corpus.samples)))
+    stored = corpus.scorer_tokens(np.arange(corpus.samples), 126)
+    assert all(one[0] == 2 and one[-1] == 3 and one[1:-1].tolist() == own.tolist() for one, own in zip(found, stored, strict=True))
+    text = tokenizer.decode(corpus.windows(np.arange(40))[:, :-1].ravel().tolist())
+    whole = AutoTokenizer.from_pretrained(bert_dir)(text, add_special_tokens=False)["input_ids"]
+    inner = np.concatenate([one[1:-1] for one in found[:40]]).tolist()
+    assert inner[: len(whole) // 2] == whole[: len(whole) // 2]
+
+
+def test_an_encoder_of_the_same_vocabulary_reads_the_corpus_as_it_is(bpe_dir: Path, texts: list[str], tmp_path: Path) -> None:
+    """As ModernBERT's, which has special tokens of its own behind those of the language model."""
+    tokenizer, _ = open_tokenizer(bpe_dir)
+    library = Tokenizer.from_file(str(bpe_dir / "tokenizer.json"))
+    library.add_special_tokens(["[CLS]", "[SEP]", "[PAD]"])
+    cls, sep = library.token_to_id("[CLS]"), library.token_to_id("[SEP]")
+    library.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)])
+    PreTrainedTokenizerFast(tokenizer_object=library, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(tmp_path)
+    reader = OwnTokens(replace(CONFIG, chunk_tokens=64), tokenizer, tmp_path)
+    one, two = (tokenizer.encode_batch([text])[0][:30] for text in texts[:2])
+    end = tokenizer.end_of_document
+    samples = samples_of(np.concatenate([one, [end], two])[None])
+    assert reader.source(samples.corpus) == "ids"
+    assert reader.sequences(samples)[0].tolist() == [cls, *one.tolist(), sep, *two.tolist(), sep]
 
 
 def test_labels_stay_in_their_part() -> None:
