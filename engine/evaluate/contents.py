@@ -17,7 +17,7 @@ from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
 from mates.engine.influence.cascade import undropped
-from mates.engine.influence.fit import PREDICTIONS_FILE
+from mates.engine.influence.fit import PREDICTIONS_FILE, findings
 from mates.engine.influence.model import joining
 from mates.engine.influence.score import open_scores
 from mates.engine.layout import SHARED, layout_of
@@ -95,6 +95,8 @@ class Fit:
     label_sd_nats: float
     label_curve: list[Mapping[str, float | None]]
     """Of an n-gram model by number of training labels: ``labels``, ``spearman``, ``pearson``."""
+    findings: list[str]
+    """Further sentences about its worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +195,7 @@ def _fit(recipe: Recipe, method: str, stage: int) -> Fit:
         label_mean_nats=mean,
         label_sd_nats=sd,
         label_curve=info["label_curve"],
+        findings=list(findings(info)),
         **{name: info["agreement"]["test"][name] for name in ("spearman", "pearson")},
     )
 

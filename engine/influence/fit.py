@@ -331,22 +331,30 @@ def _sensitivity(labels: Labels, joined: Floats) -> dict[str, dict[str, float | 
 
 def _lines(label: str, info: Mapping[str, Any]) -> Iterator[str]:
     shown = ", ".join(f"{name} {_figure(value)}" for name, value in info["agreement"]["test"].items())
+    yield f"{label}: on {info['labels']['test']} test labels {shown}; {curve_line(info['label_curve'])}"
+    for finding in findings(info):
+        yield f"{label}: {finding}"
+
+
+def findings(info: Mapping[str, Any]) -> Iterator[str]:
+    """What an influence model's manifest says of its worth, in sentences."""
     worth = info["selection"]
     yield (
-        f"{label}: on {info['labels']['test']} test labels {shown}; the chosen {worth['ratio']:.0%} have a mean influence of "
-        f"{worth['selected']:+.2f} SD, where chance has {worth['random']:+.2f} and the oracle {worth['oracle']:+.2f}; "
-        f"{curve_line(info['label_curve'])}"
+        f"the chosen {worth['ratio']:.0%} of the test labels have a mean influence of {worth['selected']:+.2f} SD, where chance has "
+        f"{worth['random']:+.2f} and the oracle {worth['oracle']:+.2f}"
     )
+    if info["drift"]:
+        yield f"its predictions agree with those of the stage before by a Spearman of {_figure(info['drift']['spearman'])}"
     for name, one in info["sensitivity"].items():
-        yield f"{label}: without {name} labels agree with those of all tasks by a Spearman of {_figure(one['oracle_spearman'])}"
+        yield f"without {name} labels agree with those of all tasks by a Spearman of {_figure(one['oracle_spearman'])}"
     if "ablation" in info:
         sets = (f"{' and '.join(one['features']) or 'words alone'} {_figure(one['spearman'])}" for one in info["ablation"])
-        yield f"{label}: an n-gram model's Spearman with extra features: {', '.join(sets)}"
+        yield f"an n-gram model's Spearman with extra features: {', '.join(sets)}"
     if "cascade" in info:
         one = info["cascade"]
         yield (
-            f"{label}: the n-gram model drops {one['dropped_share']:.0%} of the candidates, which loses "
-            f"{one['test_lost_influence']:.1%} of the gain in influence on test labels"
+            f"the n-gram model drops {one['dropped_share']:.0%} of the candidates, which loses {one['test_lost_influence']:.1%} of the gain "
+            "in influence on test labels"
         )
 
 

@@ -141,6 +141,10 @@ def test_stages_show_how_faithful_the_labels_are(html: str) -> None:
     )
     for stage in (1, 2):
         assert f"an n-gram model has Spearman {signed(0.25)} ({10 * stage}), undefined ({20 * stage}): a rise" in words
+    worth = "The chosen 50% of the test labels have a mean influence of -0.75 SD, where chance has +0.00 and the oracle -1.25."
+    drift = " Its predictions agree with those of the stage before by a Spearman of 0.875."
+    assert words.count(worth) == 2
+    assert words.count(worth + drift) == 1
 
 
 def test_text_of_the_corpus_never_becomes_markup(html: str) -> None:
@@ -186,7 +190,9 @@ def test_figures_take_the_pages_colours(html: str) -> None:
 def test_many_points_become_a_picture_inside_the_figure() -> None:
     normal = np.random.default_rng(0).normal(size=(2, RASTER_POINTS + 1))
     correlations = {"spearman": 0.0, "pearson": 0.0}
-    fit = Fit(oracle_sd=normal[0], predicted_sd=normal[1], label_mean_nats=0.0, label_sd_nats=1.0, label_curve=[], **correlations)
+    fit = Fit(
+        oracle_sd=normal[0], predicted_sd=normal[1], label_mean_nats=0.0, label_sd_nats=1.0, label_curve=[], findings=[], **correlations
+    )
     figure = agreement_figure("many", fit, 1)
     assert len(figure) < 200_000
     pictures = [value for tag, name, value in Page(figure).attributes if (tag, name) == ("image", "xlink:href")]
