@@ -353,8 +353,8 @@ def findings(info: Mapping[str, Any]) -> Iterator[str]:
     if "cascade" in info:
         one = info["cascade"]
         yield (
-            f"the n-gram model drops {one['dropped_share']:.0%} of the candidates, which loses {one['test_lost_influence']:.1%} of the gain "
-            "in influence on test labels"
+            f"the n-gram model drops {one['dropped_share']:.0%} of the candidates, which loses {one['test_lost_influence']:.1%} of the "
+            "gain in influence on test labels"
         )
 
 
