@@ -192,4 +192,5 @@ def _score(recipe: Recipe, request: Request, method: str, stage: int) -> dict[st
     scores = np.random.default_rng(200 + stage).normal(0, 0.7, (high - low, 1)).astype(np.float32)
     np.save(request.directory / shard_name(0), scores)
     covariance = artifact.load(layout_of(recipe).influence_model(method, stage)).info["label_covariance_nats2"]
-    return {"samples": high - low, "references": [REFERENCE], "label_covariance_nats2": covariance, "mean_sd": scores.mean(0).tolist()}
+    about = {"references": [REFERENCE], "model": "encoder", "label_covariance_nats2": covariance}
+    return about | {"samples": high - low, "mean_sd": scores.mean(0).tolist()}

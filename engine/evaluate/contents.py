@@ -16,7 +16,6 @@ from mates.engine.config import Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
-from mates.engine.influence.cascade import undropped
 from mates.engine.influence.fit import PREDICTIONS_FILE, findings
 from mates.engine.influence.model import joining
 from mates.engine.influence.score import open_scores
@@ -206,7 +205,7 @@ def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
     scores = open_scores(layout.scores(method, stage), corpus.fingerprint)
     shown = min(scores.samples, SHOWN)  # candidates are in random order, and an index is in theirs: a part is a fair sample
     join = joining(list(label_weights(recipe).values()), scores.manifest.info["label_covariance_nats2"])
-    means = undropped(scores.read(0, shown)) @ join
+    means = scores.predicted(scores.read(0, shown)) @ join
     candidates = make_blocks(recipe, corpus.samples).candidates(stage, 0, shown)
     chosen = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids[:shown])
     return Selection(candidates=means, selected=means[np.isin(candidates, chosen)])

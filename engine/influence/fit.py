@@ -137,7 +137,7 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
 
     def commit() -> Manifest:
         info = job.report(fitted, predicted) | {"probed": manifest.info["references"]}
-        _save(request.directory, fitted.model, labels, predicted)
+        _save(request.directory, fitted.model, labels, job.predicted(predicted))
         return request.commit(
             info=info,
             cost=Cost(
@@ -263,7 +263,8 @@ class _Job:
     def report(self, fitted: Fitted, predicted: Scores) -> dict[str, Any]:
         """Figures for the manifest."""
         labels, recipe, test = self.labels, self.recipe, self.labels.parts["test"]
-        joined, nats = undropped(predicted) @ labels.join, labels.joined
+        shown, nats = self.predicted(predicted), labels.joined
+        joined = shown @ labels.join
         chosen_by, targets = predicted[test] @ labels.join, (nats[test] - labels.mean) / labels.sd
         ratio, stage = recipe.select.ratio, self.stage
         info = {
@@ -276,8 +277,7 @@ class _Job:
             "labels": {name: len(rows) for name, rows in labels.parts.items()},
             "agreement": {name: agreement(joined[rows], nats[rows]) for name, rows in labels.parts.items()},
             "agreement_by_reference": {
-                name: agreement(undropped(predicted)[test, number], labels.values[test, number])
-                for number, name in enumerate(labels.weights)
+                name: agreement(shown[test, number], labels.values[test, number]) for number, name in enumerate(labels.weights)
             },
             "sensitivity": _sensitivity(labels, joined),
             "selection": {"ratio": ratio, **selected_influence(chosen_by, targets, ratio)},
@@ -291,6 +291,10 @@ class _Job:
         if self.extra.names:
             info["ablation"] = ablation(self.features_of, self.extra.names, nats, labels.parts, recipe.seed, stage)
         return info | {"warm_started": False} | fitted.info
+
+    def predicted(self, scores: Scores) -> npt.NDArray[np.floating[Any]]:
+        """What was predicted, of what a cascade drops too."""
+        return undropped(scores) if self.recipe.fit.model == "cascade" else scores
 
     def _words_of(self, rows: npt.NDArray[np.int64]) -> sparse.csr_array:
         return self.features_of(rows)[:, :BUCKETS]
@@ -310,7 +314,7 @@ class _Job:
         tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
         rows = labels.parts["test"]
         before = predict(open_model(earlier, recipe, tokenizer, self.world.device), labels.samples[rows])
-        return agreement(joined[rows], undropped(before) @ joining(list(labels.weights.values()), info["label_covariance_nats2"]))
+        return agreement(joined[rows], self.predicted(before) @ joining(list(labels.weights.values()), info["label_covariance_nats2"]))
 
 
 def _sensitivity(labels: Labels, joined: Floats) -> dict[str, dict[str, float | None]]:
@@ -343,6 +347,9 @@ def findings(info: Mapping[str, Any]) -> Iterator[str]:
         f"the chosen {worth['ratio']:.0%} of the test labels have a mean influence of {worth['selected']:+.2f} SD, where chance has "
         f"{worth['random']:+.2f} and the oracle {worth['oracle']:+.2f}"
     )
+    if {"train", "validation"} <= set(info["agreement"]):
+        train, validation = (_figure(info["agreement"][name]["spearman"]) for name in ("train", "validation"))
+        yield f"its Spearman on training labels is {train}, on validation labels {validation}"
     if info["drift"]:
         yield f"its predictions agree with those of the stage before by a Spearman of {_figure(info['drift']['spearman'])}"
     for name, one in info["sensitivity"].items():
@@ -362,13 +369,12 @@ def _figure(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _save(target: Path, model: InfluenceModel, labels: Labels, predicted: Scores) -> None:
+def _save(target: Path, model: InfluenceModel, labels: Labels, shown: npt.NDArray[np.floating[Any]]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     model.save(target)
     part = np.empty(len(labels.samples), object)
     for name, rows in labels.parts.items():
         part[rows] = name
-    shown = undropped(predicted)
     columns = {
         "sample_id": labels.samples.ids,
         "part": part.tolist(),

@@ -83,8 +83,9 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         columns = len(about["references"])
         sums, squares = np.zeros(columns), np.zeros(columns)
         for number in range(chunks):
-            shard = undropped(read_shard(target, number, (min(size, count - number * size), columns))).astype(np.float64)
-            sums, squares = sums + shard.sum(0), squares + (shard**2).sum(0)
+            shard = read_shard(target, number, (min(size, count - number * size), columns)).astype(np.float64)
+            shown = undropped(shard) if about["model"] == "cascade" else shard
+            sums, squares = sums + shown.sum(0), squares + (shown**2).sum(0)
         means = sums / count
         info = about | {
             "samples": count,
@@ -104,11 +105,14 @@ def _open_scorer(recipe: Recipe, world: World, method: str, stage: int) -> tuple
     """What scores a method's candidates, and what the manifest says of the columns."""
     layout = layout_of(recipe)
     if method not in INFLUENCE_METHODS:
-        return open_baseline(recipe, method, stage, world, layout.scores(method, stage) / EMBEDDINGS), {"references": [method]}
+        return open_baseline(recipe, method, stage, world, layout.scores(method, stage) / EMBEDDINGS), {
+            "references": [method],
+            "model": method,
+        }
     directory = layout.influence_model(method, stage)
     info = artifact.load(directory, "influence model").info
     tokenizer, _ = open_tokenizer(layout.tokenizer)
-    about = {name: info[name] for name in ("references", "label_covariance_nats2")}
+    about = {name: info[name] for name in ("references", "model", "label_covariance_nats2")}
     return open_model(directory, recipe, tokenizer, world.device), about
 
 
@@ -143,6 +147,10 @@ class Scores:
             shard = read_shard(self.directory, number, (expected, columns))
             parts.append(shard[max(start - first, 0) : stop - first])
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def predicted(self, scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Of scores that were read, those that were predicted: what a cascade drops is set behind all others."""
+        return undropped(scores) if self.manifest.info["model"] == "cascade" else scores
 
 
 def read_shard(directory: Path, number: int, shape: tuple[int, int]) -> npt.NDArray[np.float32]:

@@ -19,7 +19,6 @@ from mates.engine.data.blocks import Blocks, CorpusTooSmallError, make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import INDEX_FILE, load_array, write_ids
 from mates.engine.distributed import World
-from mates.engine.influence.cascade import undropped
 from mates.engine.influence.model import joining
 from mates.engine.influence.score import Scores, open_scores
 from mates.engine.layout import layout_of
@@ -162,7 +161,7 @@ def _write_left(recipe: Recipe, corpus: Corpus, blocks: Blocks, stage: int, path
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some candidates: what is chosen by, larger first [m], ids [m], joined scores [m], and domains [m] by number."""
+    """Some candidates: what is chosen by, larger first [m], ids [m], joined scores as they were predicted [m], domains [m] by number."""
 
     keys: Floats
     ids: Ids
@@ -200,21 +199,23 @@ class _Candidates:
     def piece(self, start: int, stop: int) -> _Piece:
         """Candidates start … stop, without the dropped ones."""
         ids = self._blocks.candidates(self._stage, start, stop)
-        scores = self._joined(start, stop)
+        scores, shown = self._joined(start, stop)
         values = -scores if self.rule.keep == "high" else scores
         if self.rule.temperature > 0:
             keys = gumbel_keys(values, ids, temperature=self.rule.temperature, seed=self.recipe.seed, stage=self._stage)
         else:
             keys = -values
         domains = self.domains.of(ids) if self.domains else np.full(len(ids), -1, np.int16)
-        found = _Piece(keys, ids, scores, domains)
+        found = _Piece(keys, ids, shown, domains)
         return found if self.left is None else found.only(load_array(self.left, np.dtype(np.bool_), 1)[start:stop])
 
-    def _joined(self, start: int, stop: int) -> Floats:
+    def _joined(self, start: int, stop: int) -> tuple[Floats, Floats]:
+        """Joined scores [m], and those that were predicted of what a cascade dropped."""
         if self._scores is None:  # a random choice: the first in the order of the block, which is a random one
-            return np.arange(start, stop, dtype=np.float64)
-        joined: Floats = self._scores.read(start, stop).astype(np.float64) @ self._join
-        return joined
+            places = np.arange(start, stop, dtype=np.float64)
+            return places, places
+        scores = self._scores.read(start, stop).astype(np.float64)
+        return scores @ self._join, self._scores.predicted(scores) @ self._join
 
     @property
     def is_scored(self) -> bool:
@@ -292,8 +293,9 @@ class _Choice:
         for name, count in zip(self._candidates.domains.names, self._counts.tolist(), strict=False):
             least.append(min(int(np.ceil(config.floors.get(name, 0.0) * k - 1e-6)), count))
             most.append(min(int(np.floor(config.caps.get(name, 1.0) * k + 1e-6)), count))
-            most[-1] = max(least[-1], most[-1])  # rounding
-        return least, most
+        for number in [number for number, floor in enumerate(least) if floor][: max(0, sum(least) - k)]:
+            least[number] -= 1  # floors of a whole, each rounded up
+        return least, [max(floor, cap) for floor, cap in zip(least, most, strict=True)]
 
     def _forced(self, piece: _Piece) -> Masks:
         """What floors take."""
@@ -321,7 +323,7 @@ class _Choice:
                 chosen |= self._free(piece) & by_key
             kept = piece.only(chosen)
             self._selected += np.bincount(np.where(kept.domains < 0, names, kept.domains), minlength=names + 1)
-            self._sums.append((float(undropped(kept.scores).sum()), float(undropped(piece.scores).sum())))
+            self._sums.append((float(kept.scores.sum()), float(piece.scores.sum())))
             yield kept.ids
 
     def info(self, label: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from synthetic_run import build_data, build_step, make_recipe
 
 from mates.engine.config import FitConfig, Recipe, ScoreConfig
+from mates.engine.data.index import INDEX_FILE
 from mates.engine.distributed import World
 from mates.engine.influence.fit import fit_stage
 from mates.engine.influence.score import score_stage
@@ -71,6 +72,18 @@ def test_any_number_of_processes(recipe: Recipe, undisturbed: dict[str, bytes], 
     own = replace(recipe, launch=replace(recipe.launch, threads=1))
     run_plain(command(own), processes)
     assert taken(recipe) == undisturbed
+
+
+@pytest.mark.slow
+def test_four_processes_select_what_one_does(recipe: Recipe) -> None:
+    score_stage(recipe, World(0, 1, torch.device("cpu")), "mates", 1)
+    directory, found = layout_of(recipe).index("mates", 1), []
+    for processes in (1, 4):
+        run_plain([word if word != "score" else "select" for word in command(recipe)], processes)
+        found.append(((directory / INDEX_FILE).read_bytes(), artifact.verify(directory, "selection index").fingerprint))
+        artifact.unmake(directory)
+    assert found[0] == found[1]
+    taken(recipe)
 
 
 @pytest.mark.slow

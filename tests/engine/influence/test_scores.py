@@ -25,7 +25,7 @@ def write(directory: Path, scores: npt.NDArray[np.float32]) -> None:
         kind="scores",
         settings={"chunk_size": CHUNK},
         inputs={"corpus": CORPUS},
-        info={"samples": SAMPLES, "references": ["task"], "mean_sd": [0.0]},
+        info={"samples": SAMPLES, "references": ["task"], "model": "ngram", "mean_sd": [0.0]},
         cost=Cost(),
     )
 

@@ -102,6 +102,7 @@ def keys_of(recipe: Recipes, method: str) -> tuple[np.ndarray, np.ndarray]:
         ({}, {"www.good.org": 0.3, "www.bad.net": 0.0}),
         ({"www.good.org": 0.4, "www.bad.net": 0.2}, {"www.good.org": 0.4, "www.other.com": 0.05}),
         ({"www.good.org": 0.95}, {}),
+        ({"www.good.org": 0.335, "www.bad.net": 0.335, "www.other.com": 0.33}, {}),
     ],
 )
 def test_floors_and_caps_by_brute_force(recipe: Recipes, method: str, floors: dict[str, float], caps: dict[str, float]) -> None:
@@ -111,10 +112,12 @@ def test_floors_and_caps_by_brute_force(recipe: Recipes, method: str, floors: di
     domains = domains_of(recipe, candidates)
     k = recipe.pretrain.steps_per_stage * recipe.pretrain.batch_size
     best = sorted(range(len(keys)), key=lambda row: -keys[row])
+    needed = {domain: int(np.ceil(share * k - 1e-6)) for domain, share in floors.items()}
+    for domain in sorted(floors)[: max(0, sum(needed.values()) - k)]:  # three thirds, each rounded up
+        needed[domain] -= 1
     chosen: list[int] = []
-    for domain, share in floors.items():
-        own = [row for row in best if domains[row] == domain]
-        chosen += own[: int(np.ceil(share * k))]
+    for domain, count in needed.items():
+        chosen += [row for row in best if domains[row] == domain][:count]
     counts = {domain: sum(domains[row] == domain for row in chosen) for domain in set(domains)}
     for row in best:
         if len(chosen) == k:
