@@ -208,7 +208,12 @@ def measure(options: argparse.Namespace) -> Json:
             "overhead_at_410m": overhead_at_410m(info["flops_per_sample"] / length),
         }
         print(line_of(name, rows[name]), flush=True)
-    result = {"claim": CLAIM, "labels": labels.info, "models": rows, "settings": without_paths(vars(options) | {"run_dir": ""})}
+    result = {
+        "claim": CLAIM,
+        "labels": labels.info,
+        "models": rows,
+        "settings": without_paths({name: str(value) for name, value in vars(options).items() if name not in ("run_dir", "results")}),
+    }
     if {"cascade", "encoder, both"} <= set(rows):
         ratios = [ours / theirs for ours, theirs in zip(rates["cascade"], rates["encoder, both"], strict=True)]
         result["cascade_is_times_faster"] = spread(ratios)
