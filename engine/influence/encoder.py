@@ -142,6 +142,7 @@ def new_encoder(config: FitConfig, vocab_size: int, outputs: int = 1, extra: int
         num_attention_heads=config.heads,
         intermediate_size=4 * config.hidden_size,
         max_position_embeddings=config.chunk_tokens,
+        attention_probs_dropout_prob=0.0,  # fused attention knows none on a CPU
     )
     return InfluenceEncoder(BertModel(bert, add_pooling_layer=False), outputs, extra)
 
