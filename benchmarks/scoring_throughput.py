@@ -33,7 +33,7 @@ from surroundings import REPOSITORY, surroundings, without_paths
 from mates.engine.config import CorpusConfig, FitConfig, PretrainConfig, Recipe, ScoreConfig, TokenizerConfig
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, new_encoder
-from mates.engine.influence.inputs import EncoderInputs, OwnTokens, TokenIds
+from mates.engine.influence.inputs import EncoderInputs, OwnTokens, Source, TokenIds
 from mates.engine.influence.model import Samples, predict
 from mates.preprocess.artifact import write_array, write_json
 from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
@@ -96,6 +96,10 @@ class Read:
     vocab_size: int
     pad: int
 
+    def source(self, corpus: Corpus) -> Source:
+        """See :class:`EncoderInputs`."""
+        return "stored"
+
     def sequences(self, samples: Samples) -> list[TokenIds]:
         """See :class:`EncoderInputs`."""
         return [self.around.framed(self.documents.encoder_tokens(int(number))) for number in samples.ids]
@@ -140,7 +144,7 @@ def ours(model: EncoderModel, samples: Samples, target: Path) -> Scores:
 class Decoding(OwnTokens):
     """Ours without the tokens that preprocessing wrote."""
 
-    def source(self, corpus: Corpus) -> Any:
+    def source(self, corpus: Corpus) -> Source:
         """Always the text."""
         return "text"
 

@@ -104,6 +104,10 @@ def _adopt(directory: Path, plan: Mapping[str, Any], label: str) -> None:
                 return
         except artifact.ArtifactError:
             pass
+    if directory.exists() and any(directory.iterdir()):
         say(f"{label}: unfinished work in {directory} was made for other inputs or settings; starting over")
-        shutil.rmtree(directory)
+        aside = directory.with_name(f".{directory.name}.discarded")
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)  # at once: half of it without its plan could be taken for this one's
+        shutil.rmtree(aside)
     artifact.write_json(path, plan)

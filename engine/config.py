@@ -710,6 +710,13 @@ class Recipe:
             self.baselines.ratings,
             "a file of scores, since ratings is among the methods",
         )
+        middle = "perplexity" in self.methods and self.baselines.perplexity_keep == "middle"
+        require(
+            not (middle and (self.select.floors or self.select.caps)),
+            "baselines.perplexity_keep",
+            self.baselines.perplexity_keep,
+            "low or high where select.floors or select.caps are set",
+        )
         domains = self.select.domains
         require(
             domains is None or domains in self.corpus.metadata_fields or bool(self.corpus.union),

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from mates.engine.heartbeat import Heartbeats, start_heartbeats
 
 PROMISED_WORLD_SIZE = "MATES_WORLD_SIZE"
 PARENT = "MATES_PARENT"
+SAYS_EVERY = 5.0  # seconds in which a rank that works alone tells the others so
 
 
 _beating: list[Heartbeats] = []
@@ -64,6 +66,16 @@ class World:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def same_after_long(self, make: Callable[[], Any]) -> Any:
+        """The same for work that may take longer than a collective may wait: the others are told every few seconds that it goes on."""
+        if self.size == 1:
+            return make()
+        with ThreadPoolExecutor(1, thread_name_prefix="long-work") as thread:
+            work = thread.submit(make) if self.first else None
+            while not self.same(lambda: bool(work and not wait([work], SAYS_EVERY).not_done)):
+                pass
+            return self.same(lambda: work and work.result())
 
     def gathered(self, make: Callable[[], Any]) -> list[Any]:
         """Every rank's value of ``make()``, by rank, on all ranks; or, on all ranks, the exception of the lowest rank that had one."""

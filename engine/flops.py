@@ -8,7 +8,9 @@ attention kernels is not counted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mates.engine.pretrain.shapes import ModelShape
 
@@ -44,6 +46,23 @@ class EncoderShape:
         """One forward pass over ``tokens`` tokens in sequences of ``length``."""
         weights = self.layers * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size)
         return 2.0 * tokens * (weights + 2 * self.layers * self.hidden_size * length)
+
+
+def shape_of(config: Mapping[str, Any]) -> EncoderShape:
+    """The shape in a transformers configuration. KeyError where it says none of its names."""
+
+    def find(*names: str) -> int:
+        return int(next((config[name] for name in names if config.get(name) is not None), None) or _unknown(names))
+
+    return EncoderShape(
+        hidden_size=find("hidden_size", "dim", "d_model"),
+        layers=find("num_hidden_layers", "n_layers", "num_layers"),
+        intermediate_size=find("intermediate_size", "hidden_dim", "d_ff"),
+    )
+
+
+def _unknown(names: tuple[str, ...]) -> int:
+    raise KeyError(f"none of {', '.join(names)}")
 
 
 BERT_BASE = EncoderShape(hidden_size=768, layers=12, intermediate_size=3072)

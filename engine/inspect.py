@@ -28,7 +28,7 @@ ABOUT = {
     "partial checkpoint": "a checkpoint inside a stage, to resume from",
     "labels": "oracle influences of probed samples, in nats; negative helps",
     "influence model": "predicts influence from a sample's tokens, in label standard deviations",
-    "scores": "predicted influence of a stage's candidates, in label standard deviations",
+    "scores": "scores of a stage's candidates: an influence model's, in label standard deviations, or a baseline's in its own unit",
     "selection index": "sample ids a stage trains on, in training order",
     "evaluation": "held-out measurements of a checkpoint after its decay branch",
 }

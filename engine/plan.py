@@ -11,12 +11,12 @@ from mates.engine.config import INFLUENCE_METHODS, SAMPLE, FitConfig, Recipe
 from mates.engine.data.blocks import block_sizes
 from mates.engine.data.corpus import sample_count
 from mates.engine.evaluate.stage import evaluation_flops
-from mates.engine.flops import BERT_BASE, EncoderShape, decoder_forward, decoder_training
+from mates.engine.flops import BERT_BASE, EncoderShape, decoder_forward, decoder_training, shape_of
 from mates.engine.influence.ngrams import ngram_flops, ridge_flops
 from mates.engine.layout import layout_of, union_layouts
 from mates.engine.pretrain.model import padded_vocabulary
 from mates.engine.pretrain.shapes import ModelShape, resolve_shape
-from mates.engine.probe.stage import probe_flops
+from mates.engine.probe.stage import label_weights, probe_flops
 from mates.engine.select.methods import needs_influences, needs_scores
 from mates.preprocess import artifact
 from mates.preprocess.indexed import token_dtype
@@ -61,8 +61,7 @@ def encoder_shape(config: FitConfig) -> EncoderShape:
         return EncoderShape(hidden_size=config.hidden_size, layers=config.layers, intermediate_size=4 * config.hidden_size)
     path = Path(config.encoder) / "config.json"
     if path.is_file():
-        raw = artifact.read_json(path)
-        return EncoderShape(hidden_size=raw["hidden_size"], layers=raw["num_hidden_layers"], intermediate_size=raw["intermediate_size"])
+        return shape_of(artifact.read_json(path))
     return BERT_BASE
 
 
@@ -143,8 +142,13 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     if probed:
         parts = {"ngram": [_ngram_flops], "encoder": [_encoder_flops], "cascade": [_ngram_flops, _encoder_flops]}[recipe.fit.model]
         fit, score = (sum(column) for column in zip(*(part(recipe, candidates) for part in parts), strict=True))
+        tasks = len(label_weights(recipe)) if "relevance" in recipe.fit.features else 0
+        score += 2.0 * candidates * (("difficulty" in recipe.fit.features) * (length - 1) + tasks * (2 * length - 1))
     elif method in OF_CHECKPOINT:
-        score = decoder_forward(shape, rows, tokens=candidates * length, length=length)
+        logits = 0 if method == "semdedup" else candidates * length
+        score = decoder_forward(shape, rows, tokens=candidates * length, length=length, logit_tokens=logits)
+    elif method in ("dsir", "quality"):
+        score = 2.0 * candidates * (2 * length - 1)
     test = _reference(recipe, "test", recipe.reference.test_items)
     return {
         "pretrain": config.stages * per_stage,
@@ -220,10 +224,12 @@ def describe(recipe: Recipe, device: Device) -> Iterator[str]:
     total = sum(plan.flops.values())
     for name, flops in plan.flops.items():
         yield f"  {name:<10} {flops:10.3e}  {device.hours(flops):10.2f} h  {flops / total:6.1%}"
-    selection = sum(plan.flops[name] for name in ("probe", "fit", "score"))
     wall = device.hours(total) / device.count
     yield f"  {'total':<10} {total:10.3e}  {device.hours(total):10.2f} h   on {device.count} devices {wall:.2f} h"
-    yield f"  selection costs {selection / plan.flops['pretrain']:.1%} of pretraining"
+    for name in [method, *(other for other in recipe.methods if other not in (method, "random"))]:
+        own = plan.flops if name == method else make_plan(recipe, name).flops
+        selection = sum(own[part] for part in ("probe", "fit", "score"))
+        yield f"  selection by {name} costs {selection / own['pretrain']:.1%} of pretraining"
     yield ""
     yield "disk        " + ", ".join(f"{name} {_size(value)}" for name, value in plan.disk_bytes.items())
     yield f"memory      of one of {recipe.launch.processes} ranks: " + ", ".join(

@@ -335,8 +335,9 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 
 def check_paths(recipe: Recipe) -> None:
     """Refuse files that are not there before the hours of work that come before their use."""
+    from mates.engine.flops import shape_of
     from mates.engine.layout import union_layouts
-    from mates.preprocess.artifact import MANIFEST_NAME
+    from mates.preprocess.artifact import MANIFEST_NAME, read_json
     from mates.preprocess.inputs import find_inputs
     from mates.preprocess.tokenizer import load_encoder_tokenizer, load_tokenizer, looks_like_path
 
@@ -363,7 +364,15 @@ def check_paths(recipe: Recipe) -> None:
         find_inputs(recipe.baselines.quality_sources)
     encoder = recipe.fit.encoder
     if encoder is not None and looks_like_path(encoder):
-        require((Path(encoder) / "config.json").is_file(), "fit.encoder", encoder, "a Hugging Face folder with a config.json")
+        config = Path(encoder) / "config.json"
+        require(config.is_file(), "fit.encoder", encoder, "a Hugging Face folder with a config.json")
+        raw = read_json(config)
+        try:
+            shape_of(raw)
+        except KeyError as error:
+            raise RecipeError(f"fit.encoder: {config} has {error.args[0]}, expected the shape of a transformer encoder") from error
+        positions = raw.get("max_position_embeddings") or recipe.fit.chunk_tokens
+        require(recipe.fit.chunk_tokens <= positions, "fit.chunk_tokens", recipe.fit.chunk_tokens, f"at most the {positions} of {encoder}")
 
 
 def check_model(recipe: Recipe) -> None:
@@ -405,7 +414,7 @@ def check_model(recipe: Recipe) -> None:
 
 def check_sizes(recipe: Recipe) -> None:
     """Refuse corpora that are too small for a later step of the recipe, as soon as their sizes are known."""
-    from mates.engine.data.blocks import make_blocks
+    from mates.engine.data.blocks import block_sizes, make_blocks
     from mates.engine.data.corpus import open_corpus
     from mates.engine.influence.features import unprobed_samples
     from mates.engine.influence.fit import check_parts, split_labels
@@ -421,6 +430,10 @@ def check_sizes(recipe: Recipe) -> None:
             check_parts(split_labels(probed_samples(recipe, pool.samples, stage), recipe.fit, recipe.seed))
             if recipe.fit.features:
                 unprobed_samples(recipe, pool, stage)
+    clusters = recipe.baselines.semdedup_clusters
+    if "semdedup" in recipe.methods and clusters is not None and recipe.pretrain.stages > 1:
+        count = block_sizes(recipe)[1]
+        require(clusters <= count, "baselines.semdedup_clusters", clusters, f"at most the {count} candidates of a stage")
     if "ratings" in recipe.methods and recipe.baselines.ratings is not None:
         from mates.engine.baselines.ratings import read_ratings
 

@@ -169,15 +169,18 @@ def _fit(recipe: Recipe, request: Request, method: str, stage: int) -> dict[str,
     part = np.full(len(ids), "train", object)
     for name, rows in split_labels(ids, recipe.fit, recipe.seed).items():
         part[rows] = name
-    columns = {"sample_id": ids, "part": part.tolist(), "oracle_nats": nats, "predicted_sd": predicted}
+    columns = {"sample_id": ids, "part": part.tolist()}
+    for suffix in ("", f".{REFERENCE}"):
+        columns |= {f"oracle_nats{suffix}": nats, f"predicted_sd{suffix}": predicted}
     pq.write_table(pa.table(columns), request.directory / PREDICTIONS_FILE)
     train, test = nats[part == "train"], part == "test"
     return {
         "label_mean_nats": float(train.mean()),
         "label_sd_nats": float(train.std()),
         "label_covariance_nats2": [[float(train.var())]],
+        "label_weights": {REFERENCE: 1.0},
         "agreement": {"test": agreement(predicted[test], nats[test])},
-        "selection": {"ratio": recipe.select.ratio, "selected": -0.75, "random": 0.0, "oracle": -1.25},
+        "selection": {"ratio": recipe.select.ratio, "temperature": 0.5, "selected": -0.75, "sampled": -0.5, "random": 0.0, "oracle": -1.25},
         "drift": {"spearman": 0.875, "pearson": 0.5} if stage > 1 else None,
         "sensitivity": {},
         "label_curve": [
@@ -193,4 +196,4 @@ def _score(recipe: Recipe, request: Request, method: str, stage: int) -> dict[st
     np.save(request.directory / shard_name(0), scores)
     covariance = artifact.load(layout_of(recipe).influence_model(method, stage)).info["label_covariance_nats2"]
     about = {"references": [REFERENCE], "model": "encoder", "label_covariance_nats2": covariance}
-    return about | {"samples": high - low, "mean_sd": scores.mean(0).tolist()}
+    return about | {"samples": high - low, "dropped": 0, "mean_sd": scores.mean(0).tolist()}

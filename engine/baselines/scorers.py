@@ -11,30 +11,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from blake3 import blake3
 
 from mates.engine.baselines.dsir import Dsir
 from mates.engine.baselines.quality import QualityClassifier
 from mates.engine.baselines.ratings import Ratings, read_ratings
 from mates.engine.baselines.semdedup import cluster, similarities
 from mates.engine.chunks import run_chunks
-from mates.engine.config import Recipe
+from mates.engine.config import Recipe, require
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import load_array
+from mates.engine.data.steps import read_options
 from mates.engine.distributed import World
 from mates.engine.flops import decoder_forward
-from mates.engine.influence.features import feature_inputs, item_tokens, pieces
+from mates.engine.influence.features import feature_inputs, item_tokens, pieces, weighted_references
 from mates.engine.influence.model import Floats, Ids, Samples, Scorer, Scores
 from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
 from mates.engine.pretrain.model import at_least_fp32, build_uninitialised, model_config, padded_vocabulary, reset_at_documents
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.random import KeyedPermutation
-from mates.engine.reference.task import open_references
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Json
-from mates.preprocess.inputs import find_inputs
-from mates.preprocess.readers import ReadOptions, read_texts
+from mates.preprocess.inputs import InputFile, find_inputs, open_raw
+from mates.preprocess.readers import read_texts
 from mates.preprocess.tokenizer import open_tokenizer
 
 RAW_SAMPLES = 50_000  # samples of the pool that stand for the raw text, at most
@@ -55,9 +56,18 @@ def baseline_request(recipe: Recipe, method: str, stage: int) -> tuple[dict[str,
     if method == "quality":
         settings["quality_samples"] = config.quality_samples
         if config.quality_sources:
-            pool = artifact.load(layout.corpus("pool"), "corpus").fingerprint
-            return settings, {"pool": pool} | {file.name: _digest(Path(file.name)) for file in find_inputs(config.quality_sources)}
+            settings["quality_sources"] = [[file.name, _digest_of_input(file)] for file in find_inputs(config.quality_sources)]
+            return settings, {"pool": artifact.load(layout.corpus("pool"), "corpus").fingerprint}
     return settings, feature_inputs(recipe)
+
+
+def _digest_of_input(file: InputFile) -> str:
+    """BLAKE3 (hex) of a file that may be an URL."""
+    digest = blake3()
+    with open_raw(file) as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -72,13 +82,15 @@ def open_baseline(recipe: Recipe, method: str, stage: int, world: World, directo
     corpus = open_corpus(layout_of(recipe).corpus("train"), recipe.pretrain.sequence_length)
     if method == "dsir":
         pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
-        items = (tokens for reference in open_references(recipe) for tokens in item_tokens(reference))
+        items = (tokens for reference in weighted_references(recipe) for tokens in item_tokens(reference))
         return _Plain(Dsir.fit(items, pieces(pool, _raw_samples(recipe, pool, RAW_SAMPLES))).scores, flops_per_ngram=2)
     if method == "quality":
-        return _Plain(_quality(recipe).scores, flops_per_ngram=2)
+        classifier, end = _quality(recipe), corpus.info("tokenizer")["end_of_document"]
+        return _Plain(lambda windows: classifier.scores(without(windows, end)), flops_per_ngram=2)
     if method == "ratings":
         assert recipe.baselines.ratings is not None
-        return _Known(read_ratings(Path(recipe.baselines.ratings), corpus.samples))
+        path = Path(recipe.baselines.ratings)
+        return _Known(path, read_ratings(path, corpus.samples))
     model = _Checkpoint(recipe, layout_of(recipe).checkpoint(method, stage - 1), corpus, world)
     return model if method == "perplexity" else _semdedup(recipe, stage, model, corpus, world, directory)
 
@@ -103,11 +115,23 @@ class _Plain:
 class _Known:
     """Scores out of a file."""
 
+    path: Path
     ratings: Ratings
 
     def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`."""
-        return lambda: self.ratings.scores(samples.ids)[:, None].astype(np.float32)
+        return lambda: self._narrowed(self.ratings.scores(samples.ids))[:, None]
+
+    def _narrowed(self, ratings: Floats) -> npt.NDArray[np.float32]:
+        """As float32, which scores are kept in."""
+        with np.errstate(over="ignore"):
+            narrow = ratings.astype(np.float32)
+        if not np.isfinite(narrow).all() or len(np.unique(narrow)) < len(np.unique(ratings)):
+            raise ArtifactError(
+                f"{self.path}: scores from {ratings.min():.9g} to {ratings.max():.9g}, which float32 cannot hold or tell apart; "
+                "subtract their mean and divide by their standard deviation"
+            )
+        return narrow
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`."""
@@ -164,9 +188,9 @@ class _Checkpoint:
                 windows = samples.corpus.windows(samples.ids[start : start + self._batch])
                 yield start, torch.from_numpy(windows).to(self._device)
 
-    def forward_flops(self, samples: int, length: int) -> float:
+    def forward_flops(self, samples: int, length: int, logit_tokens: float | None = None) -> float:
         """See :class:`Scorer`."""
-        return decoder_forward(self._shape, self._rows, tokens=samples * length, length=length)
+        return decoder_forward(self._shape, self._rows, tokens=samples * length, length=length, logit_tokens=logit_tokens)
 
 
 @dataclass(frozen=True)
@@ -183,13 +207,15 @@ class _Similarities:
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`. Of the embeddings; k-means and comparisons are left out."""
-        return self.model.forward_flops(samples, length)
+        return self.model.forward_flops(samples, length, logit_tokens=0)
 
 
 def _semdedup(recipe: Recipe, stage: int, model: _Checkpoint, corpus: Corpus, world: World, directory: Path) -> _Similarities:
     """Embed the candidates in chunks, cluster them, and compare those of a cluster; ranks share chunks and clusters."""
     blocks, size = make_blocks(recipe, corpus.samples), recipe.score.chunk_size
     count = blocks.size(stage)
+    clusters = recipe.baselines.semdedup_clusters or max(1, round(count**0.5))
+    require(clusters <= count, "baselines.semdedup_clusters", clusters, f"at most the {count} candidates of a stage")
     settings, inputs = baseline_request(recipe, "semdedup", stage)
 
     def make(number: int, path: Path) -> None:
@@ -204,8 +230,7 @@ def _semdedup(recipe: Recipe, stage: int, model: _Checkpoint, corpus: Corpus, wo
     label = f"score semdedup stage {stage}: embeddings"
     run_chunks(directory, plan=plan, chunks=chunks, file_name=name, make=make, world=world, label=label, started=time.perf_counter())
     embeddings = np.concatenate([load_array(directory / name(number), np.dtype(np.float32), 2) for number in range(chunks)])
-    clusters = recipe.baselines.semdedup_clusters or max(1, round(count**0.5))
-    found = world.same(lambda: cluster(embeddings, clusters, seed=recipe.seed))
+    found = world.same_after_long(lambda: cluster(embeddings, clusters, seed=recipe.seed))
     own = world.gathered(lambda: similarities(embeddings, found, range(world.rank, clusters, world.size)))
     ids = blocks.candidates(stage)
     order = np.argsort(ids)
@@ -227,20 +252,27 @@ def _quality(recipe: Recipe) -> QualityClassifier:
             f"{source}: {len(good)} samples of {length} tokens of good text, at least 2 are needed; see baselines.quality_sources"
         )
     negatives = np.concatenate(list(pieces(pool, _raw_samples(recipe, pool, config.quality_samples))))
-    return QualityClassifier.fit(good, negatives)
+    return QualityClassifier.fit(good, without(negatives, pool.info("tokenizer")["end_of_document"]))
+
+
+def without(windows: npt.NDArray[np.integer[Any]], end: int) -> npt.NDArray[np.integer[Any]]:
+    """Windows [n, L] with the token beside it in the place of each end-of-document token: how often text ends is no sign of its quality."""
+    filled = windows.copy()
+    filled[:, 0] = np.where(filled[:, 0] == end, filled[:, min(1, windows.shape[1] - 1)], filled[:, 0])
+    for column in np.flatnonzero((filled == end).any(0)).tolist():
+        filled[:, column] = np.where(filled[:, column] == end, filled[:, column - 1], filled[:, column])
+    return filled
 
 
 def _good_tokens(recipe: Recipe) -> Iterator[npt.NDArray[np.integer[Any]]]:
-    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
-    end = np.array([tokenizer.end_of_document])
     if not recipe.baselines.quality_sources:
-        for reference in open_references(recipe):
-            for tokens in item_tokens(reference):
-                yield from (tokens, end)
+        for reference in weighted_references(recipe):
+            yield from item_tokens(reference)
         return
+    tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
     for file in find_inputs(recipe.baselines.quality_sources):
-        for text in read_texts(file, ReadOptions(text_field=recipe.corpus.text_field)):
-            yield from (tokenizer.encode_batch([text])[0], end)
+        for text in read_texts(file, read_options(recipe)):
+            yield tokenizer.encode_batch([text])[0]
 
 
 def _packed(texts: Iterator[npt.NDArray[np.integer[Any]]], length: int, most: int) -> npt.NDArray[np.int64]:

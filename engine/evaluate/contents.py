@@ -16,7 +16,7 @@ from mates.engine.config import Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
-from mates.engine.influence.fit import PREDICTIONS_FILE, findings
+from mates.engine.influence.fit import PREDICTIONS_FILE, agreement, findings
 from mates.engine.influence.model import joining
 from mates.engine.influence.score import open_scores
 from mates.engine.layout import SHARED, layout_of
@@ -183,19 +183,25 @@ def _stage_view(recipe: Recipe, ledger: Ledger, method: str, stage: int) -> Stag
 
 
 def _fit(recipe: Recipe, method: str, stage: int) -> Fit:
-    directory = layout_of(recipe).influence_model(method, stage)
+    """As the tasks' weights are now, which may be others than when the model was fitted."""
+    directory, weights = layout_of(recipe).influence_model(method, stage), label_weights(recipe)
     info = artifact.load(directory, "influence model").info
     table = pq.read_table(directory / PREDICTIONS_FILE)
-    test = np.array(table["part"].to_pylist()) == "test"
-    mean, sd = float(info["label_mean_nats"]), float(info["label_sd_nats"])
+    part = np.array(table["part"].to_pylist())
+    oracle, predicted = (np.stack([table[f"{name}.{task}"].to_numpy() for task in weights], 1) for name in ("oracle_nats", "predicted_sd"))
+    nats = np.average(oracle, axis=1, weights=list(weights.values()))
+    mean, sd = float(nats[part == "train"].mean()), float(nats[part == "train"].std())
+    oracle_sd = (nats[part == "test"] - mean) / sd
+    predicted_sd = predicted[part == "test"].astype(np.float64) @ joining(list(weights.values()), info["label_covariance_nats2"])
+    same = info["label_weights"] == weights
     return Fit(
-        oracle_sd=(table["oracle_nats"].to_numpy()[test].astype(np.float64) - mean) / sd,
-        predicted_sd=table["predicted_sd"].to_numpy()[test].astype(np.float64),
+        oracle_sd=oracle_sd,
+        predicted_sd=predicted_sd,
         label_mean_nats=mean,
         label_sd_nats=sd,
         label_curve=info["label_curve"],
-        findings=list(findings(info)),
-        **{name: info["agreement"]["test"][name] for name in ("spearman", "pearson")},
+        findings=list(findings(info)) if same else ["further figures of the fit are left out: they are for other weights of the tasks"],
+        **(info["agreement"]["test"] if same else agreement(predicted_sd, oracle_sd)),
     )
 
 
@@ -205,7 +211,7 @@ def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
     scores = open_scores(layout.scores(method, stage), corpus.fingerprint)
     shown = min(scores.samples, SHOWN)  # candidates are in random order, and an index is in theirs: a part is a fair sample
     join = joining(list(label_weights(recipe).values()), scores.manifest.info["label_covariance_nats2"])
-    means = scores.predicted(scores.read(0, shown)) @ join
+    means = scores.predicted(scores.read(0, shown))[0] @ join
     candidates = make_blocks(recipe, corpus.samples).candidates(stage, 0, shown)
     chosen = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids[:shown])
     return Selection(candidates=means, selected=means[np.isin(candidates, chosen)])

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from mates.engine.config import Recipe
+from mates.engine.config import INFLUENCE_METHODS, Recipe
 from mates.engine.evaluate import contents, figures
 from mates.engine.evaluate.contents import StageView
 from mates.engine.layout import layout_of
@@ -191,6 +191,7 @@ def recipe_rows(recipe: Recipe, ledger: Ledger) -> list[tuple[str, str, dict[str
         ("Reference", f"{recipe.reference.name}: {items}", "reference"),
         ("Probes", f"{probe.samples} samples a stage, {probe.method}, {probe.precision}", None),
         ("Influence model", influence_model, None),
+        *((f"Method {name}", _method_text(recipe, name), None) for name in recipe.methods if name not in INFLUENCE_METHODS),
         ("Selection", f"ratio {select.ratio:g}, temperature {select.temperature:g} SD", None),
         (
             "Evaluation",
@@ -199,6 +200,20 @@ def recipe_rows(recipe: Recipe, ledger: Ledger) -> list[tuple[str, str, dict[str
         ),
     ]
     return [(name, text, _fingerprints(ledger.entry(verb) if verb else None)) for name, text, verb in rows]
+
+
+def _method_text(recipe: Recipe, method: str) -> str:
+    config = recipe.baselines
+    good = ", ".join(Path(name).name for name in config.quality_sources) or "the reference tasks"
+    texts = {
+        "random": "a uniform sample of the candidates",
+        "dsir": "importance resampling on hashed n-grams towards the reference tasks",
+        "semdedup": "the candidates least like others by the checkpoint's embeddings",
+        "quality": f"the likeliest by a classifier of {good} against the pool",
+        "perplexity": f"those with {config.perplexity_keep} loss under the checkpoint before",
+        "ratings": f"{config.ratings_best} scores of {Path(config.ratings or '').name}, temperature {config.ratings_temperature:g}",
+    }
+    return texts[method]
 
 
 def _training_text(recipe: Recipe) -> str:

@@ -17,7 +17,7 @@ from mates.preprocess.artifact import ArtifactError
 
 CASCADE_FILE = "cascade.json"
 DROPPED = 1000.0
-"""Added to the n-gram model's scores of what it drops, so that no key brings such a sample back while others are left."""
+"""Added to the n-gram model's scores of what it drops: a mark, far from what is predicted."""
 SHARES = tuple(share / 100 for share in range(5, 100, 5))
 
 
@@ -50,7 +50,11 @@ class CascadeModel:
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`. Of the encoder, for the share that it is expected to read."""
-        return self.ngrams.forward_flops(samples, length) + (1 - self.share) * self.encoder.forward_flops(samples, length)
+        return self.flops(samples, length, read=(1 - self.share) * samples)
+
+    def flops(self, samples: int, length: int, *, read: float) -> float:
+        """FLOPs of scoring samples of ``length`` tokens of which the encoder reads so many."""
+        return self.ngrams.forward_flops(samples, length) + self.encoder.forward_flops(1, length) * read
 
     def save(self, directory: Path) -> None:
         """See :class:`InfluenceModel`."""
@@ -71,13 +75,20 @@ class CascadeModel:
         return cls(NgramModel.load(directory), encoder, threshold, join, share)
 
 
+def is_dropped(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
+    """Which samples a cascade has dropped, by their scores [n, R]: [n]."""
+    return np.asarray(scores[:, 0] > DROPPED / 2)
+
+
 def undropped(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """Scores as the models predict them, those of dropped samples too."""
     return np.where(scores > DROPPED / 2, scores - DROPPED, scores)
 
 
-def lost_influence(predicted: Floats, dropped: npt.NDArray[np.bool_], oracle: Floats, ratio: float) -> float:
+def lost_influence(predicted: Floats, dropped: npt.NDArray[np.bool_], oracle: Floats, ratio: float) -> float | None:
     """What dropping costs: the share lost of what choosing by predictions gains over a random choice, in mean oracle influence.
+
+    None where nothing is gained, so that nothing can be said of a share of it.
 
     Args:
         predicted: the encoder's predictions [n]. dropped: what it does not read [n]. oracle: influences [n]. ratio: chosen share.
@@ -86,11 +97,12 @@ def lost_influence(predicted: Floats, dropped: npt.NDArray[np.bool_], oracle: Fl
     full = oracle[np.argsort(predicted, kind="stable")[:k]].mean()
     left = oracle[np.argsort(np.where(dropped, predicted + DROPPED, predicted), kind="stable")[:k]].mean()
     gain = oracle.mean() - full
-    return float((left - full) / gain) if gain > 0 else 0.0
+    return float((left - full) / gain) if gain > 0 else None
 
 
 def dropped_share(first: Floats, predicted: Floats, oracle: Floats, *, ratio: float, bound: float) -> float:
-    """The largest share, up to 1 − ratio, that can be dropped while it and all smaller ones lose at most ``bound``; 0 where none can.
+    """The largest share, up to 1 − ratio, that can be dropped while it and all smaller ones lose at most ``bound``; 0 where none can, or
+    where the encoder gains nothing.
 
     Args:
         first: the n-gram model's predictions [n]. predicted: the encoder's [n]. oracle: influences [n] of validation labels.
@@ -98,7 +110,8 @@ def dropped_share(first: Floats, predicted: Floats, oracle: Floats, *, ratio: fl
     """
     best = 0.0
     for share in SHARES:
-        if share > 1 - ratio + 1e-9 or lost_influence(predicted, first > np.quantile(first, 1 - share), oracle, ratio) > bound:
+        lost = lost_influence(predicted, first > np.quantile(first, 1 - share), oracle, ratio)
+        if share > 1 - ratio + 1e-9 or lost is None or lost > bound:
             break
         best = share
     return best

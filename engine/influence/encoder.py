@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mates.engine.config import FitConfig, Recipe, ScoreConfig, require
-from mates.engine.flops import EncoderShape
+from mates.engine.flops import EncoderShape, shape_of
 from mates.engine.influence.features import NO_FEATURES, ExtraFeatures
 from mates.engine.influence.inputs import CorpusIds, EncoderBatch, EncoderInputs, OwnTokens, TokenIds, chunk, groups
 from mates.engine.influence.model import Samples, Scores
+from mates.preprocess import artifact
 from mates.preprocess.tokenizer import Tokenizer
 
 HEAD_FILE = "head.safetensors"
@@ -45,7 +46,11 @@ class InfluenceEncoder(nn.Module):
 
     def forward(self, batch: EncoderBatch) -> torch.Tensor:
         """Predicted influences in label standard deviations: [B, R] fp32."""
-        hidden = self.encoder(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state.float()
+        hidden = self.encoder(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._predict(hidden.float(), batch)
+
+    def _predict(self, hidden: torch.Tensor, batch: EncoderBatch) -> torch.Tensor:
         mask = batch.mask[..., None].float()
         width = hidden.shape[-1]
         sums = hidden.new_zeros(batch.samples, width).index_add_(0, batch.sample, (hidden * mask).sum(1))
@@ -57,8 +62,7 @@ class InfluenceEncoder(nn.Module):
 
     def shape(self) -> EncoderShape:
         """For FLOPs."""
-        config: Any = self.encoder.config
-        return EncoderShape(hidden_size=config.hidden_size, layers=config.num_hidden_layers, intermediate_size=config.intermediate_size)
+        return shape_of(self.encoder.config.to_dict())  # type: ignore[union-attr,operator]
 
     def save(self, directory: Path) -> None:
         """Write a Hugging Face folder, and the head beside it."""
@@ -172,6 +176,12 @@ def _pretrained(source: str | Path, **options: Any) -> nn.Module:
     except TypeError:  # a family that has no such layer, nor the option
         model = AutoModel.from_pretrained(source, **options)
     return model
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """BLAKE3 (hex) of a local encoder's configuration and weights."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") or path.name == "config.json")
+    return artifact.fingerprint_of({path.name: artifact.digest_of(path) for path in files})
 
 
 def encoder_inputs(config: FitConfig, tokenizer: Tokenizer, vocab_size: int, saved: Path | None = None) -> EncoderInputs:

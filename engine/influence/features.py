@@ -19,7 +19,7 @@ from mates.engine.influence.model import Samples
 from mates.engine.layout import layout_of
 from mates.engine.probe.stage import label_weights, probed_samples
 from mates.engine.random import KeyedPermutation
-from mates.engine.reference.task import Reference, open_references, reference_folders
+from mates.engine.reference.task import Reference, open_references
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 
@@ -114,9 +114,13 @@ NO_FEATURES = ExtraFeatures()
 
 def feature_inputs(recipe: Recipe) -> dict[str, str]:
     """Fingerprints of what features are made from."""
-    references = [artifact.load(folder, "reference") for folder in reference_folders(recipe)]
-    found = {f"reference.{one.settings['name']}": one.fingerprint for one in references}
+    found = {f"reference.{one.name}": one.manifest.fingerprint for one in weighted_references(recipe)}
     return found | {"pool": artifact.load(layout_of(recipe).corpus("pool"), "corpus").fingerprint}
+
+
+def weighted_references(recipe: Recipe) -> list[Reference]:
+    """The reference tasks that count; those of weight 0 are measured only."""
+    return [one for one in open_references(recipe) if one.name in label_weights(recipe)]
 
 
 def make_features(recipe: Recipe, stage: int) -> ExtraFeatures:
@@ -132,8 +136,7 @@ def make_features(recipe: Recipe, stage: int) -> ExtraFeatures:
     if DIFFICULTY in recipe.fit.features:
         model = NgramLanguageModel.fit(pieces(pool, others), pool.info("tokenizer")["vocab_size"])
     if "relevance" in recipe.fit.features:
-        tasks = label_weights(recipe)
-        ratios = {one.name: Dsir.fit(item_tokens(one), pieces(pool, others)) for one in open_references(recipe) if one.name in tasks}
+        ratios = {one.name: Dsir.fit(item_tokens(one), pieces(pool, others)) for one in weighted_references(recipe)}
     return ExtraFeatures(model, ratios).standardised(Samples(pool, probed_samples(recipe, pool.samples, stage)))
 
 
@@ -156,6 +159,6 @@ def pieces(corpus: Corpus, ids: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[n
 
 
 def item_tokens(reference: Reference) -> Iterator[npt.NDArray[np.integer[Any]]]:
-    """Tokens of each item of a reference."""
+    """Tokens of each item of a reference, the last one, which is only a label, too."""
     for start, stop in zip(reference.offsets[:-1], reference.offsets[1:], strict=True):
-        yield reference.tokens[start:stop]
+        yield np.append(reference.tokens[start:stop], reference.labels[stop - 1])

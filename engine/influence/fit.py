@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,8 +20,9 @@ from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
 from mates.engine.influence.cascade import DROPPED, CascadeModel, dropped_share, lost_influence, undropped
-from mates.engine.influence.encoder import EncoderModel, encoder_inputs, load_encoder, new_encoder
+from mates.engine.influence.encoder import EncoderModel, encoder_fingerprint, encoder_inputs, load_encoder, new_encoder
 from mates.engine.influence.features import ExtraFeatures, feature_inputs, make_features
+from mates.engine.influence.inputs import SOURCES
 from mates.engine.influence.model import InfluenceModel, Samples, Scores, joining, open_model, predict, predict_together
 from mates.engine.influence.ngrams import (
     BUCKETS,
@@ -37,12 +39,15 @@ from mates.engine.layout import layout_of
 from mates.engine.probe.stage import label_weights, read_influences
 from mates.engine.progress import say
 from mates.engine.random import key_of, uniform
+from mates.engine.select.choose import gumbel_keys
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import open_tokenizer
 
 PARTS = ("train", "validation", "test")
 PREDICTIONS_FILE = "predictions.parquet"
+DRAWS = 100
+READING = ("model", "encoder", "chunk_tokens", "max_chunks")  # settings that say how a model reads samples
 
 Floats = npt.NDArray[np.float64]
 
@@ -77,12 +82,15 @@ def agreement(predicted: npt.NDArray[np.floating[Any]], oracle: npt.NDArray[np.f
     }
 
 
-def selected_influence(predicted: Floats, oracle: Floats, ratio: float) -> dict[str, float]:
-    """What choosing by predictions is worth: the mean oracle influence of the share of samples with the lowest predictions, of all samples
-    (a random choice) and of the share with the lowest oracle influences (the best choice), in the unit of ``oracle``."""
-    k = max(1, round(ratio * len(oracle)))
+def selected_influence(predicted: Floats, oracle: Floats, ratio: float, temperature: float) -> dict[str, float]:
+    """What choosing by predictions is worth: the mean oracle influence of the share of samples with the lowest predictions, of a choice by
+    Gumbel-top-k at a temperature (over 100 draws), of all samples (a random choice), and of the share with the lowest oracle influences
+    (the best choice), in the unit of ``oracle``."""
+    k, rows = max(1, round(ratio * len(oracle))), np.arange(len(oracle))
+    draws = [gumbel_keys(predicted, rows, temperature=temperature, seed=draw, stage=0) for draw in range(DRAWS)]
     return {
         "selected": float(oracle[np.argsort(predicted, kind="stable")[:k]].mean()),
+        "sampled": float(np.mean([oracle[np.argsort(-keys, kind="stable")[:k]].mean() for keys in draws])),
         "random": float(oracle.mean()),
         "oracle": float(np.sort(oracle)[:k].mean()),
     }
@@ -114,6 +122,8 @@ def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
     settings = asdict(recipe.fit) | {"stage": stage, "seed": recipe.seed, "references": list(label_weights(recipe))}
     if recipe.fit.features:
         inputs |= feature_inputs(recipe)
+    if recipe.fit.model != "ngram" and recipe.fit.encoder is not None and Path(recipe.fit.encoder).is_dir():
+        inputs["encoder"] = encoder_fingerprint(Path(recipe.fit.encoder))
     if recipe.fit.model == "cascade":
         settings |= {"ratio": recipe.select.ratio, "label_weights": label_weights(recipe)}
     return Request(directory=layout.influence_model(method, stage), kind="influence model", settings=settings, inputs=inputs)
@@ -136,7 +146,7 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     flops, tokens = world.gathered(lambda: (fitted.flops, fitted.tokens)), len(ids) * pool.length
 
     def commit() -> Manifest:
-        info = job.report(fitted, predicted) | {"probed": manifest.info["references"]}
+        info = job.report(fitted, predicted) | {"probed": manifest.info["references"], "reads": fitted.reads}
         _save(request.directory, fitted.model, labels, job.predicted(predicted))
         return request.commit(
             info=info,
@@ -184,6 +194,7 @@ class Fitted:
     tokens: int
     history: list[dict[str, float]]
     info: dict[str, Any] = field(default_factory=dict)
+    reads: str = "ids"
 
 
 class _Job:
@@ -209,8 +220,9 @@ class _Job:
         targets = labels.targets.astype(np.float64)
         ridges = [best_ridge(self._features, column, train, labels.parts["validation"]) for column in targets.T]
         length = labels.samples.corpus.length
-        flops = len(ridges) * ridge_flops(len(train), length)
-        return Fitted(NgramModel(tuple(ridges), self.extra), flops, len(train) * length, [])
+        once = int(self.world.first)  # all ranks do the same
+        flops, tokens = len(ridges) * ridge_flops(len(train), length), len(train) * length
+        return Fitted(NgramModel(tuple(ridges), self.extra), once * flops, once * tokens, [])
 
     def _encoder(self) -> Fitted:
         recipe, labels, world = self.recipe, self.labels, self.world
@@ -230,7 +242,10 @@ class _Job:
         model = EncoderModel(module.to(world.device), reader, recipe.fit, recipe.score, world.device, self.extra)
         run = EncoderFit(recipe.fit, model, labels.samples, labels.targets, labels.parts, world, seed=recipe.seed, stage=self.stage)
         run.train(f"fit {self.method} stage {self.stage}")
-        return Fitted(model, run.flops, run.tokens, run.history, {"warm_started": parent is not None})
+        reads = reader.source(labels.samples.corpus)
+        if world.first:
+            say(f"fit {self.method} stage {self.stage}: the encoder reads {SOURCES[reads]}")
+        return Fitted(model, run.flops, run.tokens, run.history, {"warm_started": parent is not None}, reads)
 
     def _cascade(self) -> Fitted:
         first, second, labels, recipe = self._ngrams(), self._encoder(), self.labels, self.recipe
@@ -244,16 +259,16 @@ class _Job:
         share = dropped_share(rough[rows], read, labels.joined[rows], ratio=recipe.select.ratio, bound=recipe.fit.cascade_loss)
         threshold = float(np.quantile(rough[known], 1 - share)) if share else float(rough.max()) + DROPPED
         model = CascadeModel(first.model, second.model, threshold, labels.join, share)
-        rank_0 = int(self.world.first)
         return Fitted(
             model,
-            second.flops + rank_0 * first.flops,
-            second.tokens + rank_0 * first.tokens,
+            second.flops + first.flops,
+            second.tokens + first.tokens,
             second.history,
             second.info | {"cascade": self._cost_of_dropping(model, rough)},
+            second.reads,
         )
 
-    def _cost_of_dropping(self, model: CascadeModel, rough: Floats) -> dict[str, float]:
+    def _cost_of_dropping(self, model: CascadeModel, rough: Floats) -> dict[str, float | None]:
         """On test labels."""
         rows = self.labels.parts["test"]
         read, dropped = predict_together(model.encoder, self.labels.samples[rows], self.world), rough[rows] > model.threshold
@@ -280,7 +295,11 @@ class _Job:
                 name: agreement(shown[test, number], labels.values[test, number]) for number, name in enumerate(labels.weights)
             },
             "sensitivity": _sensitivity(labels, joined),
-            "selection": {"ratio": ratio, **selected_influence(chosen_by, targets, ratio)},
+            "selection": {
+                "ratio": ratio,
+                "temperature": recipe.select.temperature,
+                **selected_influence(chosen_by, targets, ratio, recipe.select.temperature),
+            },
             "calibration": calibration(joined[test], targets),
             "drift": self._drift(joined),
             "epochs": fitted.history,
@@ -308,8 +327,9 @@ class _Job:
         earlier = layout_of(recipe).influence_model(self.method, self.stage - 1)
         if self.stage < 2 or not (earlier / artifact.MANIFEST_NAME).is_file():
             return None
-        info = artifact.load(earlier, "influence model").info
-        if (info["model"], info["references"]) != (recipe.fit.model, list(labels.weights)):
+        manifest = artifact.load(earlier, "influence model")
+        info, own = manifest.info, asdict(recipe.fit)
+        if info["references"] != list(labels.weights) or any(manifest.settings[name] != own[name] for name in READING):
             return None
         tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
         rows = labels.parts["test"]
@@ -344,8 +364,9 @@ def findings(info: Mapping[str, Any]) -> Iterator[str]:
     """What an influence model's manifest says of its worth, in sentences."""
     worth = info["selection"]
     yield (
-        f"the chosen {worth['ratio']:.0%} of the test labels have a mean influence of {worth['selected']:+.2f} SD, where chance has "
-        f"{worth['random']:+.2f} and the oracle {worth['oracle']:+.2f}"
+        f"the best {worth['ratio']:.0%} of the test labels by prediction have a mean influence of {worth['selected']:+.2f} SD, those "
+        f"sampled at temperature {worth['temperature']:g} {worth['sampled']:+.2f}, where chance has {worth['random']:+.2f} and the oracle "
+        f"{worth['oracle']:+.2f}"
     )
     if {"train", "validation"} <= set(info["agreement"]):
         train, validation = (_figure(info["agreement"][name]["spearman"]) for name in ("train", "validation"))
@@ -355,14 +376,15 @@ def findings(info: Mapping[str, Any]) -> Iterator[str]:
     for name, one in info["sensitivity"].items():
         yield f"without {name} labels agree with those of all tasks by a Spearman of {_figure(one['oracle_spearman'])}"
     if "ablation" in info:
-        sets = (f"{' and '.join(one['features']) or 'words alone'} {_figure(one['spearman'])}" for one in info["ablation"])
-        yield f"an n-gram model's Spearman with extra features: {', '.join(sets)}"
+        sets = (f"{' + '.join(['words', *one['features']])} {_figure(one['spearman'])}" for one in info["ablation"])
+        yield f"an n-gram model's Spearman on test labels: {', '.join(sets)}"
     if "cascade" in info:
         one = info["cascade"]
-        yield (
-            f"the n-gram model drops {one['dropped_share']:.0%} of the candidates, which loses {one['test_lost_influence']:.1%} of the "
-            "gain in influence on test labels"
-        )
+        lost = one["test_lost_influence"]
+        cost = "the encoder gains nothing on test labels" if lost is None else f"the gain on test labels changes by {-lost:+.1%}"
+        yield f"the n-gram model drops {one['dropped_share']:.0%} of the candidates; {cost}"
+        if one["dropped_share"] >= 1 - worth["ratio"] - 1e-9:
+            yield "what it leaves is all chosen, so it alone decides: fit.model ngram gives the same for less"
 
 
 def _figure(value: float | None) -> str:
@@ -370,7 +392,8 @@ def _figure(value: float | None) -> str:
 
 
 def _save(target: Path, model: InfluenceModel, labels: Labels, shown: npt.NDArray[np.floating[Any]]) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)  # what an interrupted fit with other settings left would be taken for this one's
+    target.mkdir(parents=True)
     model.save(target)
     part = np.empty(len(labels.samples), object)
     for name, rows in labels.parts.items():

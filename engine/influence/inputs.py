@@ -17,6 +17,12 @@ from mates.engine.influence.model import Samples
 from mates.preprocess.tokenizer import Tokenizer, encoding_hash, vocabulary_difference, without_additions
 
 TokenIds = npt.NDArray[np.integer[Any]]
+Source = Literal["stored", "ids", "text"]
+SOURCES: dict[Source, str] = {
+    "stored": "the tokens that preprocessing wrote for it",
+    "ids": "the corpus' token ids as they are",
+    "text": "samples decoded and tokenized again; corpus.scorer_tokenizer would write its tokens once",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ class EncoderInputs(Protocol):
     vocab_size: int
     pad: int
     """Id that fills chunks up."""
+
+    def source(self, corpus: Corpus) -> Source:
+        """Where the tokens of a corpus' samples come from."""
 
     def sequences(self, samples: Samples) -> list[TokenIds]:
         """What the encoder reads of each of some samples: token ids of its own vocabulary, as many as it reads at most."""
@@ -90,6 +99,10 @@ class CorpusIds:
         self._limit = config.chunk_tokens * config.max_chunks
         self.vocab_size = vocab_size
 
+    def source(self, corpus: Corpus) -> Source:
+        """See :class:`EncoderInputs`."""
+        return "ids"
+
     def sequences(self, samples: Samples) -> list[TokenIds]:
         """See :class:`EncoderInputs`."""
         return list(samples.windows[:, : self._limit])
@@ -118,7 +131,7 @@ class OwnTokens:
         self._hash = encoding_hash(library)
         self._shares_ids = not vocabulary_difference(tokenizer, library).text
 
-    def source(self, corpus: Corpus) -> Literal["stored", "ids", "text"]:
+    def source(self, corpus: Corpus) -> Source:
         """Where the tokens of a corpus' samples come from."""
         if corpus.has_scorer_tokens and corpus.scorer_hash == self._hash:
             return "stored"

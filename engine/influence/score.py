@@ -19,14 +19,14 @@ from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import load_array
 from mates.engine.distributed import World
-from mates.engine.influence.cascade import undropped
+from mates.engine.influence.cascade import CascadeModel, is_dropped, undropped
 from mates.engine.influence.model import Samples, Scorer, open_model
 from mates.engine.layout import layout_of
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import open_tokenizer
 
-EMBEDDINGS = "embeddings"  # folder of what semdedup compares, until the scores are complete
+EMBEDDINGS = "embeddings"  # folder beside the scores of what semdedup compares, until they are complete
 
 
 def score_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -77,24 +77,30 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         label=f"score {method} stage {stage}",
         started=started,
     )
-    cost = Cost(flops=scorer.forward_flops(count, corpus.length), seconds=seconds, tokens=count * corpus.length)
 
     def commit() -> Manifest:
         columns = len(about["references"])
-        sums, squares = np.zeros(columns), np.zeros(columns)
+        sums, squares, read = np.zeros(columns), np.zeros(columns), count
         for number in range(chunks):
             shard = read_shard(target, number, (min(size, count - number * size), columns)).astype(np.float64)
-            shown = undropped(shard) if about["model"] == "cascade" else shard
+            shown: npt.NDArray[Any] = shard
+            if about["model"] == "cascade":
+                shown, read = undropped(shard), read - int(is_dropped(shard).sum())
             sums, squares = sums + shown.sum(0), squares + (shown**2).sum(0)
+        flops = scorer.forward_flops(count, corpus.length)
+        if isinstance(scorer, CascadeModel):
+            flops = scorer.flops(count, corpus.length, read=read)
+        cost = Cost(flops=flops, seconds=seconds, tokens=count * corpus.length)
         means = sums / count
         info = about | {
             "samples": count,
+            "dropped": count - read,
             "mean_sd": means.tolist(),
             "sd_sd": np.sqrt(np.maximum(squares / count - means**2, 0)).tolist(),
         }
         manifest = request.commit(info=info, cost=cost, files=[shard_name(number) for number in range(chunks)])
         discard_plan(target)
-        shutil.rmtree(target / EMBEDDINGS, ignore_errors=True)
+        shutil.rmtree(target.parent / EMBEDDINGS, ignore_errors=True)
         return manifest
 
     result: Manifest = world.same(commit)
@@ -105,7 +111,7 @@ def _open_scorer(recipe: Recipe, world: World, method: str, stage: int) -> tuple
     """What scores a method's candidates, and what the manifest says of the columns."""
     layout = layout_of(recipe)
     if method not in INFLUENCE_METHODS:
-        return open_baseline(recipe, method, stage, world, layout.scores(method, stage) / EMBEDDINGS), {
+        return open_baseline(recipe, method, stage, world, layout.stage(method, stage) / EMBEDDINGS), {
             "references": [method],
             "model": method,
         }
@@ -148,9 +154,11 @@ class Scores:
             parts.append(shard[max(start - first, 0) : stop - first])
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
-    def predicted(self, scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Of scores that were read, those that were predicted: what a cascade drops is set behind all others."""
-        return undropped(scores) if self.manifest.info["model"] == "cascade" else scores
+    def predicted(self, scores: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Of scores [m, R] that were read, those that were predicted [m, R], and which samples a cascade dropped [m]."""
+        if self.manifest.info["model"] != "cascade":
+            return scores, np.zeros(len(scores), np.bool_)
+        return undropped(scores), is_dropped(scores)
 
 
 def read_shard(directory: Path, number: int, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
@@ -161,7 +169,7 @@ def read_shard(directory: Path, number: int, shape: tuple[int, int]) -> npt.NDAr
         raise ArtifactError(f"{path}: scores of shape {scores.shape}, expected {shape}; remove {directory} and score again")
     if not np.isfinite(scores).all():
         row = int(np.flatnonzero(~np.isfinite(scores).all(1))[0])
-        raise ArtifactError(f"{path}: the score in row {row} is {scores[row].tolist()}; the influence model is broken")
+        raise ArtifactError(f"{path}: the score in row {row} is {scores[row].tolist()}, expected finite ones; what made it is broken")
     return scores
 
 

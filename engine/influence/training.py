@@ -17,6 +17,7 @@ from mates.engine.influence.inputs import EncoderBatch
 from mates.engine.influence.model import Samples, predict_together
 from mates.engine.progress import Progress
 from mates.engine.random import KeyedPermutation
+from mates.preprocess.artifact import ArtifactError
 
 Rows = npt.NDArray[np.int64]
 
@@ -66,6 +67,10 @@ class EncoderFit:
                     schedule.step()
                 module.eval()
                 validation = self._error("validation")
+                if not np.isfinite(validation):
+                    raise ArtifactError(
+                        f"{label}: the validation error in epoch {epoch + 1} is {validation}; lower fit.lr ({self._config.lr:g})"
+                    )
                 self.history.append({"train_mse": float(np.mean(losses)), "validation_mse": validation})
                 if validation < best_loss:
                     best, best_loss = copy.deepcopy(module.state_dict()), validation

@@ -34,6 +34,7 @@ from mates.preprocess.indexed import IndexedWriter
 SELECTED_NAME = "selected"
 COPIED = 4096  # samples that are copied at a time
 LEFT_FILE = "left.npy"
+BEHIND = 1e12  # taken off the keys of what a cascade dropped: more than any score over the lowest temperature
 
 Masks = npt.NDArray[np.bool_]
 
@@ -88,14 +89,14 @@ def select_stage(recipe: Recipe, method: str, stage: int, world: World | None = 
     k, n, directory = request.settings["samples"], blocks.size(stage), request.directory
     info: dict[str, Any] = {"ratio": k / n}
     world.same(lambda: directory.mkdir(parents=True, exist_ok=True))
-    if k == n or not (needs_scores(method, stage) or {"duplicates", "domains"} & set(request.settings)):
+    if stage == 0 or not (needs_scores(method, stage) or {"duplicates", "domains"} & set(request.settings)):
         pieces = (blocks.candidates(stage, first, min(first + PIECE, k)) for first in range(0, k, PIECE))
         world.same(lambda: write_ids(directory, pieces, k))
     else:
         label = f"select {method} stage {stage}"
         candidates = _Candidates(recipe, corpus, blocks, method, stage, world)
         if recipe.select.duplicates != "keep":
-            candidates.left = world.same(lambda: _write_left(recipe, corpus, blocks, stage, directory / LEFT_FILE, label))
+            candidates.left = world.same_after_long(lambda: _write_left(recipe, corpus, blocks, stage, directory / LEFT_FILE, label))
         choice = _Choice(candidates, k)
         _write_shared(world, directory, choice.take(), k)
         info |= choice.info(label)
@@ -161,7 +162,7 @@ def _write_left(recipe: Recipe, corpus: Corpus, blocks: Blocks, stage: int, path
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some candidates: what is chosen by, larger first [m], ids [m], joined scores as they were predicted [m], domains [m] by number."""
+    """Some candidates: what is chosen by, larger first [m], ids [m], joined scores [m], and domains [m] by number."""
 
     keys: Floats
     ids: Ids
@@ -199,28 +200,33 @@ class _Candidates:
     def piece(self, start: int, stop: int) -> _Piece:
         """Candidates start … stop, without the dropped ones."""
         ids = self._blocks.candidates(self._stage, start, stop)
-        scores, shown = self._joined(start, stop)
+        scores, dropped = self._joined(start, stop)
         values = -scores if self.rule.keep == "high" else scores
         if self.rule.temperature > 0:
             keys = gumbel_keys(values, ids, temperature=self.rule.temperature, seed=self.recipe.seed, stage=self._stage)
         else:
             keys = -values
+        keys = np.where(dropped, keys - BEHIND, keys)
         domains = self.domains.of(ids) if self.domains else np.full(len(ids), -1, np.int16)
-        found = _Piece(keys, ids, shown, domains)
+        found = _Piece(keys, ids, scores, domains)
         return found if self.left is None else found.only(load_array(self.left, np.dtype(np.bool_), 1)[start:stop])
 
-    def _joined(self, start: int, stop: int) -> tuple[Floats, Floats]:
-        """Joined scores [m], and those that were predicted of what a cascade dropped."""
+    def _joined(self, start: int, stop: int) -> tuple[Floats, Masks]:
+        """Joined scores [m], and what a cascade dropped [m]."""
         if self._scores is None:  # a random choice: the first in the order of the block, which is a random one
-            places = np.arange(start, stop, dtype=np.float64)
-            return places, places
-        scores = self._scores.read(start, stop).astype(np.float64)
-        return scores @ self._join, self._scores.predicted(scores) @ self._join
+            return np.arange(start, stop, dtype=np.float64), np.zeros(stop - start, np.bool_)
+        scores, dropped = self._scores.predicted(self._scores.read(start, stop).astype(np.float64))
+        return scores @ self._join, dropped
 
     @property
     def is_scored(self) -> bool:
         """Whether there are scores, or the choice is random."""
         return self._scores is not None
+
+    @property
+    def dropped(self) -> int:
+        """Candidates that a cascade dropped."""
+        return int(self._scores.manifest.info["dropped"]) if self._scores else 0
 
     def own(self) -> Iterator[_Piece]:
         """Pieces of this rank's part."""
@@ -335,6 +341,10 @@ class _Choice:
         mean, mean_of_all = sum(one for one, _ in of_pieces) / self._k, sum(all_ for _, all_ in of_pieces) / total
         if candidates.is_scored:
             info |= {"mean_score_selected": mean, "mean_score_candidates": mean_of_all}
+        if dropped := candidates.dropped:
+            info["dropped_by_cascade"] = dropped
+            if candidates.world.first and self._k > total - dropped:
+                say(f"{label}: WARNING: the cascade left {candidates.n - dropped:,} candidates, fewer than the {self._k:,} that are chosen")
         if candidates.domains:
             names = [*candidates.domains.names, "others"]
             info["domains"] = {
@@ -343,7 +353,8 @@ class _Choice:
             }
         if candidates.world.first:
             if "mean_score_selected" in info:
-                say(f"{label}: mean score {mean:+.3f} of {self._k:,} selected, {mean_of_all:+.3f} of {total:,} candidates")
+                kept = f"{candidates.rule.keep} ones are chosen"
+                say(f"{label}: mean score {mean:+.3f} of {self._k:,} selected, {mean_of_all:+.3f} of {total:,} candidates ({kept})")
             for name, one in info.get("domains", {}).items():
                 share = f"{one['selected'] / self._k:.1%} of the selected"
                 say(f"{label}: {name}: {one['selected']:,} of {one['candidates']:,} candidates, {share}")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mates.engine import distributed
 from mates.engine.baselines.quality import PENALTY
+from mates.engine.baselines.scorers import baseline_request, without
 from mates.engine.config import BaselinesConfig, Method, PretrainConfig, Recipe, RecipeError
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
@@ -30,9 +31,9 @@ from mates.engine.loop import Step, run_steps
 from mates.engine.plan import make_plan
 from mates.engine.pretrain.stage import open_train_corpus, pretrain_stage
 from mates.engine.random import gumbel
-from mates.engine.reference.task import open_references
+from mates.engine.reference.task import Reference, open_references
 from mates.engine.select.stage import select_stage
-from mates.launchers.verbs import check_paths, chosen_stage
+from mates.launchers.verbs import check_paths, check_sizes, chosen_stage
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 from mates.preprocess.features import ngram_buckets
@@ -97,14 +98,19 @@ def the_lowest(recipe: Recipe, scores: Floats) -> list[int]:
 
 
 def bucket_counts(tokens: npt.NDArray[np.integer]) -> Counter[int]:
-    return Counter(bucket for one in tokens for buckets in ngram_buckets(one) for bucket in buckets.tolist())
+    return Counter(bucket for one in tokens for buckets in ngram_buckets(np.asarray(one)) for bucket in buckets.tolist())
+
+
+def items_of(reference: Reference) -> list[list[int]]:
+    """Each item whole: its inputs, and the last label."""
+    return [[*reference.tokens[a:b].tolist(), int(reference.labels[b - 1])] for a, b in pairwise(reference.offsets)]
 
 
 def test_dsir_by_counting(recipe: Recipe, world: World) -> None:
     pool = open_corpus(layout_of(recipe).corpus("pool"), LENGTH)
     raw = bucket_counts(pool.windows(np.arange(pool.samples))[:, :-1])
     (reference,) = open_references(recipe)
-    target = bucket_counts([reference.tokens[a:b] for a, b in pairwise(reference.offsets)])  # type: ignore[arg-type]
+    target = bucket_counts(items_of(reference))  # type: ignore[arg-type]
 
     def weight(window: npt.NDArray[np.int64]) -> float:
         total = 0.0
@@ -150,7 +156,7 @@ def test_semdedup_by_brute_force(recipe: Recipe, world: World) -> None:
     found = scored(asked, world, "semdedup")
     assert np.mean(np.abs(found - expected) > 1e-5) < 0.02  # fp32 may swap samples that are equally near to the centroid
     assert chosen(asked, "semdedup") == the_lowest(recipe, found)
-    assert not (layout_of(asked).scores("semdedup", 1) / "embeddings").exists()
+    assert not (layout_of(asked).stage("semdedup", 1) / "embeddings").exists()
 
 
 def test_quality_is_a_logistic_regression_against_the_pool(recipe: Recipe, world: World) -> None:
@@ -158,11 +164,22 @@ def test_quality_is_a_logistic_regression_against_the_pool(recipe: Recipe, world
     negatives = pool.windows(np.arange(pool.samples))[:, :-1]
     (reference,) = open_references(recipe)
     end = pool.info("tokenizer")["end_of_document"]
-    stream = np.concatenate([np.append(reference.tokens[a:b], end) for a, b in pairwise(reference.offsets)]).astype(np.int64)
+
+    def endless(windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        rows = []
+        for row in windows.tolist():
+            if row[0] == end:
+                row[0] = row[1]
+            for place in range(1, len(row)):
+                row[place] = row[place - 1] if row[place] == end else row[place]
+            rows.append(row)
+        return np.array(rows)
+
+    stream = np.concatenate([np.array(item) for item in items_of(reference)])
     positives = stream[: len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)
     peer = LogisticRegression(C=1 / PENALTY, class_weight="balanced", tol=1e-9, max_iter=5_000, solver="newton-cg")
-    peer.fit(ngram_features(np.concatenate([positives, negatives])), np.repeat([1, 0], [len(positives), len(negatives)]))
-    expected = -peer.decision_function(ngram_features(windows(recipe)[:, :-1]))
+    peer.fit(ngram_features(np.concatenate([positives, endless(negatives)])), np.repeat([1, 0], [len(positives), len(negatives)]))
+    expected = -peer.decision_function(ngram_features(endless(windows(recipe)[:, :-1])))
     found = scored(recipe, world, "quality")
     assert found == pytest.approx(expected, abs=1e-3 * float(expected.std()))
     assert chosen(recipe, "quality") == the_lowest(recipe, found)
@@ -230,3 +247,38 @@ def test_missing_ratings_are_refused_before_any_work(recipe: Recipe) -> None:
 def test_every_method_of_the_recipe_is_tried_here() -> None:
     assert set(METHODS) | {"random", "mates", "mates-topk"} == set(Method.__args__)  # type: ignore[attr-defined]
     assert Step("score", "dsir", 1) in list(run_steps(Recipe(methods=["dsir"])))
+
+
+def test_ratings_that_float32_cannot_hold_are_refused(recipe: Recipe, world: World, tmp_path: Path) -> None:
+    path, n = tmp_path / "ratings.npy", open_train_corpus(recipe).samples
+    asked = replace(recipe, baselines=replace(recipe.baselines, ratings=str(path)), run_dir=str(tmp_path / "run"))
+    asked = replace(asked, data_dir=str(layout_of(recipe).data))
+    for values in (1.7e9 + 0.01 * np.arange(n), np.where(np.arange(n) % 2, 1e39, 0.0)):
+        np.save(path, values)
+        with pytest.raises(
+            ArtifactError, match=r"ratings.npy: scores from .* which float32 cannot hold or tell apart; subtract their mean"
+        ):
+            score_stage(asked, world, "ratings", 1)
+
+
+def test_quality_does_not_see_where_documents_end() -> None:
+    found = without(np.array([[9, 1, 9, 9, 2, 9], [1, 2, 3, 4, 5, 9]]), 9)
+    assert found.tolist() == [[1, 1, 1, 1, 2, 2], [1, 2, 3, 4, 5, 5]]
+
+
+def test_settings_that_cannot_be_are_refused(recipe: Recipe, world: World) -> None:
+    with pytest.raises(RecipeError, match=r"semdedup_clusters: found 1000, expected at most the 200 candidates of a stage"):
+        check_sizes(replace(recipe, baselines=replace(recipe.baselines, semdedup_clusters=1000)))
+    with pytest.raises(RecipeError, match=r"baselines.perplexity_keep: found 'middle', expected low or high where select.floors"):
+        replace(recipe, select=replace(recipe.select, domains="url", caps={"example.com": 0.5}))
+
+
+def test_the_order_of_sources_matters(recipe: Recipe, tmp_path: Path) -> None:
+    """Only so many samples of good text are read, from the first files."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}\n')
+    orders = [[str(tmp_path / f"{name}.jsonl") for name in order] for order in ("ab", "ba")]
+    settings = [
+        baseline_request(replace(recipe, baselines=replace(recipe.baselines, quality_sources=order)), "quality", 1)[0] for order in orders
+    ]
+    assert settings[0]["quality_sources"] == settings[1]["quality_sources"][::-1]

@@ -141,7 +141,10 @@ def test_stages_show_how_faithful_the_labels_are(html: str) -> None:
     )
     for stage in (1, 2):
         assert f"an n-gram model has Spearman {signed(0.25)} ({10 * stage}), undefined ({20 * stage}): a rise" in words
-    worth = "The chosen 50% of the test labels have a mean influence of -0.75 SD, where chance has +0.00 and the oracle -1.25."
+    worth = (
+        "The best 50% of the test labels by prediction have a mean influence of -0.75 SD, those sampled at temperature 0.5 -0.50, where "
+        "chance has +0.00 and the oracle -1.25."
+    )
     drift = " Its predictions agree with those of the stage before by a Spearman of 0.875."
     assert words.count(worth) == 2
     assert words.count(worth + drift) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from synthetic_run import build_data, build_step, make_recipe
 
 from mates.engine.config import FitConfig, Recipe, ScoreConfig
+from mates.engine.data.blocks import make_blocks
+from mates.engine.data.index import read_index
 from mates.engine.distributed import World
 from mates.engine.influence.cascade import CASCADE_FILE, DROPPED, SHARES, CascadeModel, dropped_share, lost_influence, undropped
 from mates.engine.influence.encoder import EncoderModel, new_encoder
@@ -39,7 +42,8 @@ def test_what_dropping_costs_by_hand() -> None:
     assert lost_influence(predicted, none, oracle, 0.4) == 0
     assert lost_influence(predicted, first, oracle, 0.4) == pytest.approx((-1 - -2) / (1 - -2))
     assert lost_influence(predicted, ~none, oracle, 0.4) == 0  # all dropped alike: their order is left
-    assert lost_influence(-predicted, first, oracle, 0.4) == 0  # nothing gained, nothing lost
+    assert lost_influence(-predicted, first, oracle, 0.4) is None  # nothing gained
+    assert dropped_share(-oracle, oracle[::-1].copy() * 0, oracle * 0, ratio=0.2, bound=0.5) == 0
 
 
 @given(seed=st.integers(0, 1_000), ratio=st.sampled_from([0.1, 0.2, 0.5]), bound=st.floats(0, 0.3), noise=st.floats(0.1, 3))
@@ -51,9 +55,12 @@ def test_the_share_is_the_largest_that_keeps_to_the_bound(seed: int, ratio: floa
     costs = {share: lost_influence(predicted, first > np.quantile(first, 1 - share), oracle, ratio) for share in SHARES}
     assert found in (0.0, *SHARES)
     assert found <= 1 - ratio + 1e-9
-    assert all(cost <= bound for share, cost in costs.items() if share <= found)
+    if None in costs.values():
+        assert found == 0
+        return
+    assert all(cost is not None and cost <= bound for share, cost in costs.items() if share <= found)
     above = [share for share in SHARES if found < share <= 1 - ratio + 1e-9]
-    assert not above or costs[above[0]] > bound
+    assert not above or (costs[above[0]] or 0.0) > bound
 
 
 @pytest.fixture
@@ -92,6 +99,7 @@ def test_what_is_kept_has_the_encoders_scores_and_what_is_dropped_comes_last(mod
 def test_flops_are_of_the_share_that_is_read(model: CascadeModel) -> None:
     encoder, ngrams = model.encoder.forward_flops(10, 32), model.ngrams.forward_flops(10, 32)
     assert model.forward_flops(10, 32) == ngrams + 0.5 * encoder
+    assert model.flops(10, 32, read=3) == ngrams + 0.3 * encoder
     assert ngrams == 2 * 2 * 10 * 63
 
 
@@ -131,6 +139,15 @@ def test_through_the_steps(recipe: Recipe) -> None:
     assert isinstance(model, CascadeModel)
     assert abs(scores.info["mean_sd"][0]) < DROPPED / 100
     assert np.mean(found > DROPPED / 2) == pytest.approx(model.share, abs=0.25)
-    chosen = select_stage(recipe, "mates", 1)
-    assert abs(chosen.info["mean_score_candidates"]) < DROPPED / 100
+    read = int((found < DROPPED / 2).sum())
+    assert scores.info["dropped"] == len(found) - read
+    assert scores.cost.flops == pytest.approx(model.flops(len(found), 32, read=read))
+    for temperature in (0.5, 1_000.0):
+        artifact.unmake(layout.index("mates", 1))
+        asked = replace(recipe, select=replace(recipe.select, temperature=temperature))
+        chosen = select_stage(asked, "mates", 1)
+        assert abs(chosen.info["mean_score_candidates"]) < DROPPED / 100
+        ids = read_index(layout.index("mates", 1), corpus.fingerprint).ids
+        kept = make_blocks(recipe, corpus.samples).candidates(1)[found[:, 0] < DROPPED / 2]
+        assert len(set(ids.tolist()) & set(kept.tolist())) == min(len(ids), len(kept))
     artifact.verify(layout.influence_model("mates", 1))

@@ -20,13 +20,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mates.engine.config import FitConfig, ScoreConfig
 from mates.engine.distributed import World
+from mates.engine.flops import EncoderShape, shape_of
 from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, load_encoder, new_encoder
 from mates.engine.influence.fit import agreement, split_labels
-from mates.engine.influence.inputs import CorpusIds, OwnTokens, chunk, groups
+from mates.engine.influence.inputs import CorpusIds, OwnTokens, Source, chunk, groups
 from mates.engine.influence.model import Samples, predict
 from mates.engine.influence.training import EncoderFit
 from mates.engine.layout import layout_of
 from mates.engine.pretrain.stage import open_train_corpus
+from mates.preprocess.artifact import ArtifactError
 from mates.preprocess.tokenizer import open_tokenizer
 
 CONFIG = FitConfig(hidden_size=32, layers=2, heads=4, chunk_tokens=16, max_chunks=2)
@@ -94,10 +96,21 @@ def test_scores_do_not_depend_on_the_batch(model: InfluenceEncoder) -> None:
     assert scores[0].dtype == np.float32
 
 
+def test_the_head_works_in_fp32_under_bf16(model: InfluenceEncoder) -> None:
+    samples = samples_of(np.random.default_rng(4).integers(0, 100, (200, 32)))
+    narrow = EncoderModel(model, CorpusIds(CONFIG, 100), CONFIG, ScoreConfig(precision="bf16"), torch.device("cpu"))
+    scores = predict(narrow, samples)[:, 0]
+    assert len(np.unique(scores)) == 200
+    assert (scores != torch.from_numpy(scores).bfloat16().float().numpy()).mean() > 0.9
+
+
 class Ragged:
     """Samples of different lengths: the number in the first place says how many tokens are read."""
 
     vocab_size, pad = 100, 0
+
+    def source(self, corpus: Any) -> Source:
+        return "ids"
 
     def sequences(self, samples: Samples) -> list[Any]:
         return [window[: window[0]] for window in samples.windows]
@@ -223,3 +236,20 @@ def test_ranks_share_a_batch(model: InfluenceEncoder, batch: int) -> None:
         assert len(found) == len(expected)
         largest = max(float(one.abs().max()) for one in expected)
         assert all(float((one - other).abs().max()) <= 1e-6 * largest for one, other in zip(found, expected, strict=True))
+
+
+def test_a_fit_that_diverges_says_so(model: InfluenceEncoder) -> None:
+    samples, targets = samples_of(np.random.default_rng(5).integers(0, 100, (12, 32))), np.full((12, 1), 1.0, np.float32)
+    parts = {"train": np.arange(8), "validation": np.array([8, 9]), "test": np.array([10, 11])}
+    config = replace(CONFIG, lr=1e30)
+    own = EncoderModel(model, CorpusIds(config, 100), config, ScoreConfig(), torch.device("cpu"))
+    fit = EncoderFit(config, own, samples, targets, parts, World(0, 1, torch.device("cpu")), seed=0, stage=1)
+    with pytest.raises(ArtifactError, match=r"fit: the validation error in epoch 1 is nan; lower fit.lr \(1e\+30\)"):
+        fit.train("fit")
+
+
+@pytest.mark.parametrize("names", [("hidden_size", "num_hidden_layers", "intermediate_size"), ("dim", "n_layers", "hidden_dim")])
+def test_shapes_of_encoders_by_other_names(names: tuple[str, str, str]) -> None:
+    assert shape_of(dict(zip(names, (8, 2, 32), strict=True))) == EncoderShape(hidden_size=8, layers=2, intermediate_size=32)
+    with pytest.raises(KeyError, match="none of hidden_size, dim, d_model"):
+        shape_of({names[1]: 2, names[2]: 32})

@@ -65,7 +65,7 @@ def test_they_are_what_they_are_called(recipe: Recipe) -> None:
     assert values.dtype == np.float32
     assert values == pytest.approx(expected, abs=1e-5)
     assert found.compute(Samples(pool, probed[3:5])).tolist() == values[3:5].tolist()
-    assert sum(len(tokens) for tokens in item_tokens(reference)) == len(reference.tokens)
+    assert sum(len(tokens) for tokens in item_tokens(reference)) == len(reference.tokens) + reference.items
 
 
 def test_save_and_load(recipe: Recipe, tmp_path: Path) -> None:

@@ -62,8 +62,17 @@ def test_predictions_are_the_ridge_regressions(recipe: Recipe) -> None:
 def test_what_the_choice_is_worth_by_hand() -> None:
     oracle = np.array([3.0, -1.0, 0.0, 2.0, -4.0, 1.0, 5.0, -2.0, 6.0, 7.0])
     predicted = np.array([0.0, -1.0, 5.0, 5.0, 5.0, 5.0, 5.0, -2.0, 5.0, 5.0])
-    assert selected_influence(predicted, oracle, 0.2) == {"selected": -1.5, "random": pytest.approx(1.7), "oracle": -3.0}
-    assert selected_influence(oracle, oracle, 0.5)["selected"] == selected_influence(predicted, oracle, 0.5)["oracle"]
+    found = selected_influence(predicted, oracle, 0.2, 1e-3)
+    assert found == {"selected": -1.5, "sampled": -1.5, "random": pytest.approx(1.7), "oracle": -3.0}
+    assert selected_influence(oracle, oracle, 0.5, 1.0)["selected"] == selected_influence(predicted, oracle, 0.5, 1.0)["oracle"]
+
+
+def test_what_a_sample_is_worth_lies_between_the_best_and_chance() -> None:
+    oracle = np.random.default_rng(0).normal(size=5_000)
+    worth = [selected_influence(oracle, oracle, 0.2, temperature)["sampled"] for temperature in (0.01, 0.5, 2.0, 1e3)]
+    assert worth == sorted(worth)
+    assert worth[0] == pytest.approx(np.sort(oracle)[:1000].mean(), abs=0.01)
+    assert worth[-1] == pytest.approx(oracle.mean(), abs=0.02)
     assert calibration(oracle / 2 - 1, oracle) == {"slope": pytest.approx(2.0), "intercept": pytest.approx(2.0)}
     assert calibration(np.ones(10), oracle) == {"slope": None, "intercept": None}
 
@@ -73,8 +82,9 @@ def test_the_choice_on_test_labels_is_reported(recipe: Recipe) -> None:
     info, table = artifact.load(directory).info, pq.read_table(directory / PREDICTIONS_FILE)
     test = np.array(table["part"].to_pylist()) == "test"
     targets = (table["oracle_nats"].to_numpy()[test] - info["label_mean_nats"]) / info["label_sd_nats"]
-    expected = selected_influence(table["predicted_sd"].to_numpy()[test].astype(np.float64), targets, 0.5)
-    assert info["selection"] == {"ratio": 0.5} | {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+    expected = selected_influence(table["predicted_sd"].to_numpy()[test].astype(np.float64), targets, 0.5, 0.5)
+    close = {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+    assert info["selection"] == {"ratio": 0.5, "temperature": 0.5} | close
     assert info["drift"] is None
 
 

@@ -25,7 +25,7 @@ def write(directory: Path, scores: npt.NDArray[np.float32]) -> None:
         kind="scores",
         settings={"chunk_size": CHUNK},
         inputs={"corpus": CORPUS},
-        info={"samples": SAMPLES, "references": ["task"], "model": "ngram", "mean_sd": [0.0]},
+        info={"samples": SAMPLES, "references": ["task"], "model": "ngram", "dropped": 0, "mean_sd": [0.0]},
         cost=Cost(),
     )
 
@@ -71,7 +71,9 @@ def test_what_is_not_finite_is_named_by_file_and_row(tmp_path: Path, bad: float)
     write(tmp_path, spoilt)
     found = open_scores(tmp_path, CORPUS)
     assert len(found.read(0, 10)) == 10
-    with pytest.raises(ArtifactError, match=rf"{shard_name(1)}: the score in row 3 is \[{bad}\]; the influence model is broken"):
+    with pytest.raises(
+        ArtifactError, match=rf"{shard_name(1)}: the score in row 3 is \[{bad}\], expected finite ones; what made it is broken"
+    ):
         found.read(10, 20)
 
 
