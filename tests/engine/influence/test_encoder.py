@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mates.engine.config import FitConfig, ScoreConfig
 from mates.engine.distributed import World
 from mates.engine.flops import EncoderShape, shape_of
-from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, load_encoder, new_encoder
+from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, encoder_fingerprint, load_encoder, new_encoder
 from mates.engine.influence.fit import agreement, split_labels
 from mates.engine.influence.inputs import CorpusIds, OwnTokens, Source, chunk, groups
 from mates.engine.influence.model import Samples, predict
@@ -253,3 +254,13 @@ def test_shapes_of_encoders_by_other_names(names: tuple[str, str, str]) -> None:
     assert shape_of(dict(zip(names, (8, 2, 32), strict=True))) == EncoderShape(hidden_size=8, layers=2, intermediate_size=32)
     with pytest.raises(KeyError, match="none of hidden_size, dim, d_model"):
         shape_of({names[1]: 2, names[2]: 32})
+
+
+def test_other_weights_in_the_encoders_folder_are_noticed(bert_dir: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(bert_dir, tmp_path / "bert"))
+    assert encoder_fingerprint(copied) == encoder_fingerprint(bert_dir)
+    weights = next(copied.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert encoder_fingerprint(copied) != encoder_fingerprint(bert_dir)

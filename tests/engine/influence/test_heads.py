@@ -19,7 +19,9 @@ from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
+from mates.engine.evaluate.contents import _fit
 from mates.engine.influence.encoder import load_encoder
+from mates.engine.influence.features import feature_inputs, weighted_references
 from mates.engine.influence.fit import PREDICTIONS_FILE, fit_request, fit_stage
 from mates.engine.influence.model import joining
 from mates.engine.influence.ngrams import best_ridge, ngram_features
@@ -156,3 +158,33 @@ def test_one_task_is_joined_as_it_is() -> None:
 def test_a_task_that_did_not_count_needs_another_fit(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="references"):
         fit_request(weighted(recipe, (1.0, 1.0, 1.0)), "mates", 1).find()
+
+
+def test_the_report_is_as_the_weights_are_now(recipe: Recipe) -> None:
+    changed = weighted(recipe, (1.0, 0.01, 0.0))
+    shown, before = (_fit(one, "mates", 1) for one in (changed, recipe))
+    table, rows, info = predictions(recipe)
+    nats = np.average(np.stack([table[f"oracle_nats.{name}"].to_numpy() for name in NAMES[:2]], 1), axis=1, weights=[1.0, 0.01])
+    train, test = nats[rows["train"]], nats[rows["test"]]
+    assert shown.label_sd_nats == pytest.approx(train.std())
+    assert shown.oracle_sd == pytest.approx((test - train.mean()) / train.std())
+    assert shown.spearman == pytest.approx(stats.spearmanr(shown.predicted_sd, test).statistic)
+    assert shown.findings == ["further figures of the fit are left out: they are for other weights of the tasks"]
+    assert before.label_sd_nats == pytest.approx(info["label_sd_nats"])
+    assert len(before.findings) > 2
+
+
+def test_tasks_that_only_are_measured_choose_nothing(recipe: Recipe) -> None:
+    assert [one.name for one in weighted_references(recipe)] == NAMES[:2]
+    assert "reference.third" not in feature_inputs(recipe)
+
+
+def test_nothing_of_an_interrupted_fit_is_left(recipe: Recipe) -> None:
+    """Features of other settings beside a model that has none would be taken for its own."""
+    directory = layout_of(recipe).influence_model("mates", 1)
+    before = artifact.load(directory).files
+    artifact.unmake(directory)
+    (directory / "features.json").write_text('{"features": ["difficulty"]}')
+    fit_stage(recipe, WORLD, "mates", 1)
+    assert set(artifact.verify(directory).files) == set(before)
+    assert not (directory / "features.json").exists()
