@@ -1,4 +1,7 @@
-"""The cascade: the n-gram model drops the candidates that it is sure about, and the encoder reads the rest."""
+"""The cascade: the n-gram model drops the candidates that it is sure about, and the encoder reads the rest.
+
+The two see different things, so that what is left is predicted by a mean of both.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ class CascadeModel:
     """An n-gram model in front of an encoder: an :class:`InfluenceModel`.
 
     ``threshold`` is the n-gram model's joined prediction, in label SD, above which a sample is dropped; ``join`` [R] makes one of its
-    predictions; ``share`` is what was dropped of the samples that the threshold was chosen on.
+    predictions; ``share`` is what was dropped of the samples that the threshold was chosen on. What is left has the mean of both models'
+    predictions, with the weight ``ngram_weight`` for the n-gram model's.
     """
 
     ngrams: NgramModel
@@ -34,16 +38,17 @@ class CascadeModel:
     threshold: float
     join: Floats
     share: float
+    ngram_weight: float
 
     def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`. What is dropped has the n-gram model's scores, :data:`DROPPED` higher."""
         scores = self.ngrams.predict(samples)
         kept = np.flatnonzero(scores @ self.join <= self.threshold)
-        read = self.encoder.prepare(samples[kept])
+        read, own = self.encoder.prepare(samples[kept]), scores[kept]
         scores += np.float32(DROPPED)
 
         def finish() -> Scores:
-            scores[kept] = read()
+            scores[kept] = mixed(own, read(), self.ngram_weight)
             return scores
 
         return finish
@@ -60,19 +65,31 @@ class CascadeModel:
         """See :class:`InfluenceModel`."""
         self.encoder.save(directory)
         self.ngrams.save(directory)
-        artifact.write_json(directory / CASCADE_FILE, {"threshold": self.threshold, "join": self.join.tolist(), "share": self.share})
+        figures = {"threshold": self.threshold, "join": self.join.tolist(), "share": self.share, "ngram_weight": self.ngram_weight}
+        artifact.write_json(directory / CASCADE_FILE, figures)
 
     @classmethod
     def load(cls, directory: Path, encoder: EncoderModel) -> CascadeModel:
         """What :meth:`save` wrote. ArtifactError where it is something else."""
         found = artifact.read_json(directory / CASCADE_FILE)
         try:
-            threshold, join, share = float(found["threshold"]), np.array(found["join"], np.float64), float(found["share"])
+            join = np.array(found["join"], np.float64)
+            threshold, share, weight = (float(found[name]) for name in ("threshold", "share", "ngram_weight"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{directory / CASCADE_FILE}: {error!r}; expected threshold, join and share; fit the model again"
-            ) from error
-        return cls(NgramModel.load(directory), encoder, threshold, join, share)
+            expected = "threshold, join, share and ngram_weight"
+            raise ArtifactError(f"{directory / CASCADE_FILE}: {error!r}; expected {expected}; fit the model again") from error
+        return cls(NgramModel.load(directory), encoder, threshold, join, share, weight)
+
+
+def mixed(ngrams: Scores, encoder: Scores, ngram_weight: float) -> Scores:
+    """The mean of two predictions of the same samples [n, R], one with a weight, the other with the rest to 1."""
+    return np.float32(ngram_weight) * ngrams + np.float32(1 - ngram_weight) * encoder
+
+
+def best_weight(ngrams: Scores, encoder: Scores, targets: Scores) -> float:
+    """The weight of the n-gram model's predictions [n, R], in tenths, whose mean with the encoder's has the least squared error."""
+    weights = [tenth / 10 for tenth in range(11)]
+    return min(weights, key=lambda weight: float(np.mean((mixed(ngrams, encoder, weight) - targets) ** 2)))
 
 
 def is_dropped(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
@@ -91,7 +108,7 @@ def lost_influence(predicted: Floats, dropped: npt.NDArray[np.bool_], oracle: Fl
     None where nothing is gained, so that nothing can be said of a share of it.
 
     Args:
-        predicted: the encoder's predictions [n]. dropped: what it does not read [n]. oracle: influences [n]. ratio: chosen share.
+        predicted: predictions of what is read [n]. dropped: what is not [n]. oracle: influences [n]. ratio: chosen share.
     """
     k = max(1, round(ratio * len(oracle)))
     full = oracle[np.argsort(predicted, kind="stable")[:k]].mean()
@@ -102,10 +119,10 @@ def lost_influence(predicted: Floats, dropped: npt.NDArray[np.bool_], oracle: Fl
 
 def dropped_share(first: Floats, predicted: Floats, oracle: Floats, *, ratio: float, bound: float) -> float:
     """The largest share, up to 1 − ratio, that can be dropped while it and all smaller ones lose at most ``bound``; 0 where none can, or
-    where the encoder gains nothing.
+    where the predictions gain nothing.
 
     Args:
-        first: the n-gram model's predictions [n]. predicted: the encoder's [n]. oracle: influences [n] of validation labels.
+        first: the n-gram model's predictions [n]. predicted: both models' [n]. oracle: influences [n] of validation labels.
         ratio: chosen share. bound: of :func:`lost_influence`.
     """
     best = 0.0

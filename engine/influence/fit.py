@@ -19,7 +19,7 @@ from scipy import sparse, stats
 from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
-from mates.engine.influence.cascade import DROPPED, CascadeModel, dropped_share, lost_influence, undropped
+from mates.engine.influence.cascade import DROPPED, CascadeModel, best_weight, dropped_share, lost_influence, mixed, undropped
 from mates.engine.influence.encoder import EncoderModel, encoder_fingerprint, encoder_inputs, load_encoder, new_encoder
 from mates.engine.influence.features import ExtraFeatures, feature_inputs, make_features
 from mates.engine.influence.inputs import SOURCES
@@ -253,27 +253,38 @@ class _Job:
         assert isinstance(second.model, EncoderModel)
         assert self._features is not None
         known = np.concatenate([labels.parts["validation"], labels.parts["test"]])  # on training labels predictions are too good
-        rough = first.model.predict_features(self._features) @ labels.join
-        rows = labels.parts["validation"]
-        read = predict_together(second.model, labels.samples[rows], self.world) @ labels.join
+        words = first.model.predict_features(self._features)
+        rows, rough = labels.parts["validation"], words @ labels.join
+        own = predict_together(second.model, labels.samples[rows], self.world)
+        weight = best_weight(words[rows], own, labels.targets[rows])
+        read = mixed(words[rows], own, weight) @ labels.join
         share = dropped_share(rough[rows], read, labels.joined[rows], ratio=recipe.select.ratio, bound=recipe.fit.cascade_loss)
         threshold = float(np.quantile(rough[known], 1 - share)) if share else float(rough.max()) + DROPPED
-        model = CascadeModel(first.model, second.model, threshold, labels.join, share)
+        model = CascadeModel(first.model, second.model, threshold, labels.join, share, weight)
         return Fitted(
             model,
             second.flops + first.flops,
             second.tokens + first.tokens,
             second.history,
-            second.info | {"cascade": self._cost_of_dropping(model, rough)},
+            second.info | {"cascade": self._cost_of_dropping(model, words)},
             second.reads,
         )
 
-    def _cost_of_dropping(self, model: CascadeModel, rough: Floats) -> dict[str, float | None]:
-        """On test labels."""
-        rows = self.labels.parts["test"]
-        read, dropped = predict_together(model.encoder, self.labels.samples[rows], self.world), rough[rows] > model.threshold
-        lost = lost_influence(read @ self.labels.join, dropped, self.labels.joined[rows], self.recipe.select.ratio)
-        return {"dropped_share": model.share, "test_dropped_share": float(dropped.mean()), "test_lost_influence": lost}
+    def _cost_of_dropping(self, model: CascadeModel, words: Scores) -> dict[str, Any]:
+        """On test labels, from the n-gram model's predictions of all."""
+        labels, rows = self.labels, self.labels.parts["test"]
+        own = predict_together(model.encoder, labels.samples[rows], self.world)
+        both, dropped = mixed(words[rows], own, model.ngram_weight), words[rows] @ labels.join > model.threshold
+        return {
+            "dropped_share": model.share,
+            "ngram_weight": model.ngram_weight,
+            "test_dropped_share": float(dropped.mean()),
+            "test_lost_influence": lost_influence(both @ labels.join, dropped, labels.joined[rows], self.recipe.select.ratio),
+            "test_agreement": {
+                name: agreement(predicted @ labels.join, labels.joined[rows])
+                for name, predicted in (("ngram", words[rows]), ("encoder", own), ("both", both))
+            },
+        }
 
     def report(self, fitted: Fitted, predicted: Scores) -> dict[str, Any]:
         """Figures for the manifest."""
@@ -381,8 +392,10 @@ def findings(info: Mapping[str, Any]) -> Iterator[str]:
     if "cascade" in info:
         one = info["cascade"]
         lost = one["test_lost_influence"]
-        cost = "the encoder gains nothing on test labels" if lost is None else f"the gain on test labels changes by {-lost:+.1%}"
+        cost = "nothing is gained on test labels" if lost is None else f"the gain on test labels changes by {-lost:+.1%}"
         yield f"the n-gram model drops {one['dropped_share']:.0%} of the candidates; {cost}"
+        alone = ", ".join(f"{name} {_figure(found['spearman'])}" for name, found in one["test_agreement"].items())
+        yield f"Spearman on test labels without dropping: {alone} (the n-gram model with a weight of {one['ngram_weight']:g})"
         if one["dropped_share"] >= 1 - worth["ratio"] - 1e-9:
             yield "what it leaves is all chosen, so it alone decides: fit.model ngram gives the same for less"
 

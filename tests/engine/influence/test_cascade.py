@@ -16,7 +16,16 @@ from mates.engine.config import FitConfig, Recipe, ScoreConfig
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
-from mates.engine.influence.cascade import CASCADE_FILE, DROPPED, SHARES, CascadeModel, dropped_share, lost_influence, undropped
+from mates.engine.influence.cascade import (
+    CASCADE_FILE,
+    DROPPED,
+    SHARES,
+    CascadeModel,
+    best_weight,
+    dropped_share,
+    lost_influence,
+    undropped,
+)
 from mates.engine.influence.encoder import EncoderModel, new_encoder
 from mates.engine.influence.fit import fit_stage
 from mates.engine.influence.inputs import CorpusIds
@@ -71,7 +80,7 @@ def model() -> CascadeModel:
     encoder = EncoderModel(new_encoder(config, 100, 2).eval(), CorpusIds(config, 100), config, ScoreConfig(), torch.device("cpu"))
     source = np.random.default_rng(0)
     ridges = tuple(NgramRidge(source.normal(size=BUCKETS), 0.1) for _ in range(2))
-    return CascadeModel(NgramModel(ridges), encoder, 0.0, np.array([0.5, 0.25]), 0.5)
+    return CascadeModel(NgramModel(ridges), encoder, 0.0, np.array([0.5, 0.25]), 0.5, 0.25)
 
 
 class Given:
@@ -84,16 +93,26 @@ class Given:
         return np.asarray(self.windows[ids])
 
 
-def test_what_is_kept_has_the_encoders_scores_and_what_is_dropped_comes_last(model: CascadeModel) -> None:
+def test_what_is_kept_has_a_mean_of_scores_and_what_is_dropped_comes_last(model: CascadeModel) -> None:
     samples = Samples(Given(), np.arange(300))  # type: ignore[arg-type]
     rough, read, found = predict(model.ngrams, samples), predict(model.encoder, samples), predict(model, samples)
     dropped = rough @ model.join > model.threshold
     assert 50 < dropped.sum() < 250
-    assert found[~dropped] == pytest.approx(read[~dropped], abs=1e-5)
+    assert found[~dropped] == pytest.approx(0.25 * rough[~dropped] + 0.75 * read[~dropped], abs=1e-5)
     assert (found[dropped] > found[~dropped].max()).all()
     assert undropped(found)[dropped] == pytest.approx(rough[dropped], abs=1e-3)
     one_by_one = np.concatenate([predict(model, samples[row : row + 1]) for row in range(40)])
     assert one_by_one == pytest.approx(found[:40], abs=1e-5)
+
+
+def test_the_weight_is_the_best_in_tenths() -> None:
+    source = np.random.default_rng(3)
+    truth, noise = source.normal(size=(400, 1)), source.normal(size=(2, 400, 1))
+    first, second = ((truth + size * one).astype(np.float32) for size, one in zip((1.0, 0.5), noise, strict=True))
+    found = best_weight(first, second, truth.astype(np.float32))
+    errors = {tenth / 10: float(np.mean((tenth / 10 * first + (1 - tenth / 10) * second - truth) ** 2)) for tenth in range(11)}
+    assert found == min(errors, key=lambda weight: errors[weight]) == pytest.approx(0.2, abs=0.11)  # variances 1 and 1/4
+    assert best_weight(first, truth.astype(np.float32), truth.astype(np.float32)) == 0
 
 
 def test_flops_are_of_the_share_that_is_read(model: CascadeModel) -> None:
@@ -109,7 +128,7 @@ def test_save_and_load(model: CascadeModel, tmp_path: Path) -> None:
     samples = Samples(Given(), np.arange(50))  # type: ignore[arg-type]
     assert np.array_equal(predict(loaded, samples), predict(model, samples))
     (tmp_path / CASCADE_FILE).write_text('{"threshold": 1}')
-    with pytest.raises(ArtifactError, match=r"cascade.json: .*; expected threshold, join and share; fit the model again"):
+    with pytest.raises(ArtifactError, match=r"cascade.json: .*; expected threshold, join, share and ngram_weight; fit the model again"):
         CascadeModel.load(tmp_path, model.encoder)
 
 
