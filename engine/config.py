@@ -432,8 +432,8 @@ class FitConfig:
     model: Literal["encoder", "ngram", "cascade"] = "encoder"
     """``encoder``: a BERT-architecture encoder, mean-pooled over chunks, with a regression head for each reference task. ``ngram``: ridge
     regression on hashed uni- and bigrams of tokens, seconds on a CPU and hardly a FLOP; of what follows only features and shares matter
-    to it. ``cascade``: both; the n-gram model drops the candidates that it is sure about, the encoder reads the rest, and these have the mean of
-    both predictions, weighted by validation labels."""
+    to it. ``cascade``: both; the n-gram model drops the candidates that it is sure about, the encoder reads the rest, and these have the
+    mean of both predictions, weighted by validation labels."""
     features: list[Literal["difficulty", "relevance"]] = field(default_factory=list)
     """What a model sees of a sample beside its words: ``difficulty``, its loss under a bigram language model of the pool; ``relevance``,
     how much likelier its n-grams are in each reference task than in the pool (DSIR's importance weight, per n-gram). ``fit`` prints what
