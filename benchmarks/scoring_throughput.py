@@ -14,6 +14,7 @@ Writes ``scoring_throughput.json`` into ``--results``.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from measuring import GateError, spread
 from scipy import stats
 from surroundings import REPOSITORY, surroundings, without_paths
 
-from mates.engine.config import CorpusConfig, FitConfig, PretrainConfig, Recipe, ScoreConfig, TokenizerConfig
+from mates.engine.config import CorpusConfig, FitConfig, ModelConfig, PretrainConfig, Recipe, ScoreConfig, TokenizerConfig
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.influence.encoder import EncoderModel, InfluenceEncoder, new_encoder
 from mates.engine.influence.inputs import EncoderInputs, OwnTokens, Source, TokenIds
@@ -46,16 +47,36 @@ Scores = npt.NDArray[np.float32]
 Ways = Mapping[str, Callable[[Path], Scores]]
 
 
-def prepare(options: argparse.Namespace) -> Recipe:
+def make_encoder(options: argparse.Namespace) -> Path:
+    """A BERT with random weights and a real tokenizer, as a Hugging Face folder; or the one that was given."""
+    from transformers import BertConfig, BertModel
+
+    if options.encoder:
+        return Path(options.encoder)
+    folder = options.run_dir / f"bert-{options.hidden_size}x{options.layers}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in options.encoder_tokenizer.iterdir():
+        shutil.copy(file, folder)
+    torch.manual_seed(0)
+    shape = BertConfig(
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden_size // 64,
+        intermediate_size=4 * options.hidden_size,
+    )
+    BertModel(shape, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def prepare(options: argparse.Namespace, encoder: Path) -> Recipe:
     """A corpus of C4 text with the encoder's tokens; made once."""
     from mates.engine.data.steps import preprocess_step, tokenizer_step
 
     recipe = Recipe(
         run_dir=str(options.run_dir),
-        corpus=CorpusConfig(
-            inputs=[str(options.text)], pool_share=0.01, holdout_share=0.01, scorer_tokenizer=str(options.encoder_tokenizer)
-        ),
+        corpus=CorpusConfig(inputs=[str(options.text)], pool_share=0.01, holdout_share=0.01, scorer_tokenizer=str(encoder)),
         tokenizer=TokenizerConfig(path=str(options.tokenizer)),
+        model=ModelConfig(max_positions=LENGTH),
         pretrain=PretrainConfig(sequence_length=LENGTH),
     )
     tokenizer_step(recipe)
@@ -203,22 +224,16 @@ def measure(options: argparse.Namespace) -> Json:
     from mates.engine.layout import layout_of
 
     torch.set_num_threads(options.threads)
-    recipe = prepare(options)
+    encoder = make_encoder(options)
+    recipe = prepare(options, encoder)
     corpus = open_corpus(layout_of(recipe).corpus("train"), LENGTH)
     tokenizer, _ = open_tokenizer(layout_of(recipe).tokenizer)
-    tools = Tools(tokenizer, AutoTokenizer.from_pretrained(options.encoder_tokenizer))
-    config = FitConfig(
-        encoder=str(options.encoder) if options.encoder else None,
-        hidden_size=options.hidden_size,
-        layers=options.layers,
-        heads=options.hidden_size // 64,
-        chunk_tokens=CHUNK,
-        max_chunks=LENGTH // CHUNK,
-    )
+    tools = Tools(tokenizer, AutoTokenizer.from_pretrained(encoder))
+    config = FitConfig(encoder=str(encoder), chunk_tokens=CHUNK, max_chunks=LENGTH // CHUNK)
     torch.manual_seed(0)
     module = new_encoder(config, len(tools.encoder)).eval()
     torch.nn.init.normal_(module.head.weight)
-    reader, decoding = (kind(config, tokenizer, options.encoder_tokenizer) for kind in (OwnTokens, Decoding))
+    reader, decoding = (kind(config, tokenizer, encoder) for kind in (OwnTokens, Decoding))
     if reader.source(corpus) != "stored":
         raise GateError("the corpus does not hold the encoder's tokens")
 
@@ -246,7 +261,7 @@ def measure(options: argparse.Namespace) -> Json:
     return {
         "claim": CLAIM,
         "encoder": {"hidden_size": shape.hidden_size, "layers": shape.layers, "flops_per_token": shape.forward(tokens=1, length=CHUNK)},
-        "settings": without_paths({name: value for name, value in vars(options).items() if name not in ("run_dir", "results")}),
+        "settings": without_paths({name: str(value) for name, value in vars(options).items() if name not in ("run_dir", "results")}),
         **found,
         **surroundings(),
     }
