@@ -53,7 +53,7 @@ def make_encoder(options: argparse.Namespace) -> Path:
 
     if options.encoder:
         return Path(options.encoder)
-    folder = options.run_dir / f"bert-{options.hidden_size}x{options.layers}"
+    folder: Path = options.run_dir / f"bert-{options.hidden_size}x{options.layers}"
     folder.mkdir(parents=True, exist_ok=True)
     for file in options.encoder_tokenizer.iterdir():
         shutil.copy(file, folder)
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--encoder", type=Path, help="a pretrained encoder instead of a BERT with random weights")
     add("--hidden_size", type=int, default=256, help="of the BERT with random weights")
     add("--layers", type=int, default=4, help="of the BERT with random weights")
-    add("--batch_tokens", type=int, default=ScoreConfig().batch_tokens, help="score.batch_tokens")
+    add("--batch_tokens", type=int, help="score.batch_tokens")
     add("--windows", type=int, default=256, help="windows that are scored in a round")
     add("--documents", type=int, default=512, help="documents that are scored in a round")
     add("--rounds", type=int, default=5, help="rounds after the one that is not timed")

@@ -27,6 +27,7 @@ from mates.preprocess.tokenizer import Tokenizer
 
 HEAD_FILE = "head.safetensors"
 BLOCK = 4096
+BATCH_TOKENS = {False: 4_096, True: 32_768}  # on a CPU, on a GPU
 
 
 class InfluenceEncoder(nn.Module):
@@ -88,10 +89,11 @@ class EncoderModel:
 
     def _batches(self, samples: Samples) -> Iterator[tuple[npt.NDArray[np.int64], EncoderBatch]]:
         """Rows of samples that are read together, and what is read."""
+        budget = self.score.batch_tokens or BATCH_TOKENS[self.device.type == "cuda"]
         for start in range(0, len(samples), BLOCK):
             block = samples[start : start + BLOCK]
             sequences, extra = self.reader.sequences(block), self.extra.compute(block)
-            for rows in groups(sequences, self.fit.chunk_tokens, self.score.batch_tokens):
+            for rows in groups(sequences, self.fit.chunk_tokens, budget):
                 yield start + rows, self.batch([sequences[row] for row in rows], extra[rows])
 
     def _predict(self, samples: int, batches: Iterable[tuple[npt.NDArray[np.int64], EncoderBatch]]) -> Scores:
