@@ -14,7 +14,7 @@ import pytest
 import torch
 from synthetic_run import build_data, build_step, make_recipe
 
-from mates.engine.config import FitConfig, Recipe, ScoreConfig
+from mates.engine.config import FitConfig, PretrainConfig, Recipe, ScoreConfig
 from mates.engine.data.index import INDEX_FILE
 from mates.engine.distributed import World
 from mates.engine.influence.fit import fit_stage
@@ -32,7 +32,10 @@ KILLS = 20
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run up to the influence model of stage 1, to be scored one sample a chunk."""
     made = make_recipe(
-        tmp_path_factory.mktemp("killed"), fit=FitConfig(hidden_size=32, epochs=1, model="cascade"), score=ScoreConfig(chunk_size=1)
+        tmp_path_factory.mktemp("killed"),
+        fit=FitConfig(hidden_size=32, epochs=1, model="cascade"),
+        score=ScoreConfig(chunk_size=1),
+        pretrain=PretrainConfig(sequence_length=32, batch_size=4, micro_batch_size=4, stages=2, steps_per_stage=100, warmup_steps=5),
     )
     build_data(made)
     for verb in ("select", "pretrain", "evaluate"):
@@ -93,7 +96,7 @@ def test_twenty_kills(recipe: Recipe, undisturbed: dict[str, bytes]) -> None:
     killed = 0
     while killed < KILLS:
         before = set(directory.glob("*.npy")) if directory.exists() else set()
-        victim = threading.Thread(target=kill_one, args=(directory, len(before), source.random() * 0.02))
+        victim = threading.Thread(target=kill_one, args=(directory, len(before), source.random() * 0.01))
         victim.start()
         with contextlib.suppress(StepFailedError):
             run_plain(command(recipe), source.choice([1, 1, 2, 3]))
