@@ -93,6 +93,8 @@ def discard_plan(directory: Path) -> None:
     """Remove what is only needed while chunks are being made."""
     for name in (PLAN, SECONDS):
         (directory / name).unlink(missing_ok=True)
+    for left in directory.glob(".*.tmp"):  # of ranks that were killed while they wrote
+        left.unlink(missing_ok=True)
 
 
 def _adopt(directory: Path, plan: Mapping[str, Any], label: str) -> None:
