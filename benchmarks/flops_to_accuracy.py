@@ -1,18 +1,28 @@
 """Claim: model-chosen data reaches a held-out reference loss with fewer FLOPs than random data, selection included.
 
+    python benchmarks/flops_to_accuracy.py --tier cpu --seeds 3 --arms random,mates,mates-static [--budget-minutes M] [--report-only]
     python benchmarks/flops_to_accuracy.py RECIPE --methods random,mates --seeds 5 [--out DIR] [--dotted.name VALUE ...]
 
-Every seed runs all methods from one stage-0 checkpoint, in ``OUT/seed-K``; all seeds share the data in ``OUT/data``.
-Finished work is skipped, so an interrupted benchmark continues. A gate comes before any figure: all evaluations are
-there and finite, and at each stage all methods had the same pretraining FLOPs and tokens, from the same stage-0
-checkpoint, measured on the same test sets; else nothing is written and the exit code is 1.
+The first form runs arms of a tier (``benchmarks/tiers``): an arm is a method with recipe values of its own. The second runs methods of any
+recipe. Either way all arms of a seed start from one stage-0 checkpoint, all seeds share the data in ``OUT/data``, and finished work is
+skipped: an interrupted benchmark continues, and more seeds or arms can be added later. A tier's results are made from all runs that are
+complete, whichever were asked for this time; ``--budget-minutes`` stops between steps (exit code 75), to go on later.
 
-The figure of merit is a method's FLOPs to reach random's final held-out reference loss, over random's own FLOPs; below
-1 the method is cheaper. Evaluations are joined by straight lines in (loss, log FLOPs). A method that never gets there
-has no ratio. FLOPs and seconds are cumulative over pretraining and selection, the shared stage 0 included; evaluation
-and data preparation are left out for every method alike.
+A gate comes before any figure: all evaluations of the runs are there and finite, and at each stage all arms had the same pretraining FLOPs
+and tokens, from the same stage-0 checkpoint, measured on the same test sets; else nothing is written and the exit code is 1.
 
-Writes ``flops_to_accuracy_RECIPE.{json,csv,png,svg}`` into ``--results``.
+The figure of merit is an arm's FLOPs to reach random's final held-out reference loss, over random's own FLOPs; below 1 the arm is cheaper.
+A run of a tier is evaluated at ten stages or more after stage 0, each at the end of a decay branch from the stage's checkpoint; evaluations
+are joined by straight lines in (loss, log FLOPs). An arm that never gets there is censored: it counts as above all others, and has no
+number. FLOPs and seconds are cumulative over pretraining and selection, the shared stage 0 included; evaluation, its branches and data
+preparation are left out for every arm alike, except that a branch whose end is probed is billed to the probe.
+
+Tiers also compare at equal tokens (the last stage) and at equal total FLOPs (random's final ones, an arm's metric interpolated on the same
+lines), differences paired by seed. Intervals of ratios are 95% bootstrap intervals over seeds; bands of a tier's plot are 95%
+intervals of the mean by Student's t.
+
+Writes ``flops_to_accuracy_NAME.{json,csv,png,svg}`` into ``--results``, NAME being the recipe's or the tier's, and for a tier a table in
+``flops_to_accuracy_NAME.md``.
 """
 
 from __future__ import annotations
@@ -24,278 +34,169 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import matplotlib as mpl
+from comparison import (
+    BASELINE,
+    COVERED,
+    Arm,
+    Json,
+    gate,
+    last_stage,
+    measure,
+    minus_random,
+    missing_stages,
+    overhead,
+    ratio_to_baseline,
+)
+from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, runs_of
 from matplotlib.figure import Figure
+from plots import STYLE, save_figure
+from scipy import stats
 from surroundings import REPOSITORY, surroundings, without_paths
 
 from mates.engine.config import Method, Recipe, RecipeError, require
-from mates.engine.evaluate.contents import metrics_of
 from mates.engine.evaluate.figures import SERIES, flops_unit, series_number
-from mates.engine.layout import layout_of
-from mates.engine.ledger import Ledger, collect, cumulative_cost
+from mates.engine.pretrain.vigilance import STOPPED
 from mates.launchers.recipe import parse_with, recipe_parser
 from mates.preprocess import artifact
 
 CLAIM = "Model-chosen data reaches random data's final held-out reference loss with fewer FLOPs, selection included."
-BASELINE = "random"
-
-Censored = Literal["not reached", "before the first evaluation"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """An evaluation of one method of one seed; costs are cumulative over its path."""
-
-    seed: int
-    method: str
-    stage: int
-    total_flops: float
-    pretrain_flops: float
-    selection_flops: float
-    pretrain_tokens: int
-    seconds: float
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One method of one seed: its evaluations, and fingerprints of its stage-0 checkpoint and test sets."""
-
-    seed: int
-    method: str
-    stage0: str | None
-    test_sets: dict[str, str] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crossing:
-    """FLOPs at which a loss is first reached, or why that is not known."""
-
-    flops: float | None = None
-    censored: Censored | None = None
-
-
-# --- measurement ---------------------------------------------------------------------------------------------------
-
-
-def measure(recipe: Recipe) -> list[Arm]:
-    """What a seed's artifacts say. Steps that are not complete are left out; the gate then names them."""
-    ledger = collect(recipe)
-    return [_arm(recipe, ledger, method) for method in recipe.methods]
-
-
-def _arm(recipe: Recipe, ledger: Ledger, method: str) -> Arm:
-    stages = range(recipe.pretrain.stages)
-    rows = [row for stage in stages if (row := _row(recipe, ledger, method, stage)) is not None]
-    test_sets: dict[str, str] = {}
-    for row in rows:
-        inputs = artifact.load(layout_of(recipe).evaluation(method, row.stage), "evaluation").inputs
-        test_sets |= {name: value for name, value in inputs.items() if name != "checkpoint"}
-    return Arm(seed=recipe.seed, method=method, stage0=_stage0(recipe, method), test_sets=test_sets, rows=rows)
-
-
-def _row(recipe: Recipe, ledger: Ledger, method: str, stage: int) -> Row | None:
-    metrics = metrics_of(recipe, ledger, method, stage)
-    total = cumulative_cost(ledger, method, stage)
-    pretrain = cumulative_cost(ledger, method, stage, ["pretrain"])
-    if metrics is None or total is None or pretrain is None:
-        return None
-    return Row(
-        seed=recipe.seed,
-        method=method,
-        stage=stage,
-        total_flops=total.flops,
-        pretrain_flops=pretrain.flops,
-        selection_flops=total.flops - pretrain.flops,
-        pretrain_tokens=pretrain.tokens,
-        seconds=total.seconds,
-        metrics={name: value for name, value in metrics.items() if isinstance(value, float)},  # the rest are counts
-    )
-
-
-def _stage0(recipe: Recipe, method: str) -> str | None:
-    """Fingerprint of the stage-0 checkpoint that a method's own first stage says it continued from."""
-    layout = layout_of(recipe)
-    try:
-        if recipe.pretrain.stages == 1:
-            return artifact.load(layout.checkpoint(method, 0), "checkpoint").fingerprint
-        return artifact.load(layout.checkpoint(method, 1), "checkpoint").inputs["parent"]
-    except artifact.ArtifactError:
-        return None
-
-
-# --- gate ----------------------------------------------------------------------------------------------------------
-
-
-def gate(arms: Sequence[Arm], stages: int) -> list[str]:
-    """Why the arms may not be compared, a line each; none where they may."""
-    problems = [problem for arm in arms for problem in _gate_arm(arm, stages)]
-    for seed in sorted({arm.seed for arm in arms}):
-        problems += _gate_seed(seed, [arm for arm in arms if arm.seed == seed], stages)
-    if len({tuple(sorted(arm.test_sets.items())) for arm in arms}) > 1:
-        problems.append("the arms were evaluated on different test sets")
-    return problems
-
-
-def _gate_arm(arm: Arm, stages: int) -> Iterator[str]:
-    name = f"seed {arm.seed} {arm.method}"
-    missing = sorted(set(range(stages)) - {row.stage for row in arm.rows})
-    if missing:
-        yield f"{name}: no complete evaluation and costs of stage {', '.join(map(str, missing))}"
-    for row in arm.rows:
-        bad = [key for key, value in numbers_of(row).items() if not math.isfinite(value)]
-        if bad:
-            yield f"{name} stage {row.stage}: {', '.join(bad)} not finite"
-        if not row.pretrain_flops > 0:
-            yield f"{name} stage {row.stage}: {row.pretrain_flops} pretraining FLOPs"
-
-
-def _gate_seed(seed: int, arms: Sequence[Arm], stages: int) -> Iterator[str]:
-    if len({arm.stage0 for arm in arms}) > 1 or arms[0].stage0 is None:
-        found = ", ".join(f"{arm.method} {(arm.stage0 or 'none')[:12]}" for arm in arms)
-        yield f"seed {seed}: the methods do not share one stage-0 checkpoint ({found})"
-    for stage in range(stages):
-        rows = [row for arm in arms for row in arm.rows if row.stage == stage]
-        if len({(row.pretrain_flops, row.pretrain_tokens) for row in rows}) > 1:
-            found = ", ".join(f"{r.method} {r.pretrain_flops:.6g} FLOPs, {r.pretrain_tokens} tokens" for r in rows)
-            yield f"seed {seed} stage {stage}: pretraining differs between methods ({found})"
-
-
-# --- figures of merit ----------------------------------------------------------------------------------------------
-
-
-def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float]) -> Crossing:
-    """FLOPs at which the line through the evaluations first comes down to ``target``: straight in (loss, log FLOPs)."""
-    if losses[0] <= target:
-        return Crossing(flops=flops[0]) if losses[0] == target else Crossing(censored="before the first evaluation")
-    for after in range(1, len(losses)):
-        before = after - 1
-        if losses[after] <= target:
-            part = (losses[before] - target) / (losses[before] - losses[after])
-            return Crossing(flops=math.exp((1 - part) * math.log(flops[before]) + part * math.log(flops[after])))
-    return Crossing(censored="not reached")
-
-
-def ratio_to_baseline(arms: Sequence[Arm], method: str, metric: str) -> dict[str, Any]:
-    """FLOPs to reach the baseline's final loss over the baseline's FLOPs: each seed, median and range.
-
-    A censored seed counts in the median as what it is, above all measured ratios or below them; a median or a bound
-    that falls on one is None.
-    """
-    seeds, ordered = [], []
-    for arm in (arm for arm in arms if arm.method == method):
-        final = next(other for other in arms if (other.seed, other.method) == (arm.seed, BASELINE)).rows[-1]
-        target, losses = final.metrics[metric], [row.metrics[metric] for row in arm.rows]
-        crossing = flops_to_reach(target, [row.total_flops for row in arm.rows], losses)
-        ratio = None if crossing.flops is None else crossing.flops / final.total_flops
-        ordered.append(ratio or (math.inf if crossing.censored == "not reached" else 0.0))
-        seeds.append({"seed": arm.seed, "target": target, "ratio": ratio, "censored": crossing.censored})
-    median, low, high = (value if 0 < value < math.inf else None for value in (statistics.median(ordered), min(ordered), max(ordered)))
-    reached = sum(seed["ratio"] is not None for seed in seeds)
-    return {"metric": metric, "per_seed": seeds, "reached": reached, "median": median, "range": [low, high]}
-
-
-def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard error of the mean (None for a single value) and number of values."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "standard_error": error, "n": len(values)}
-
-
-def last_stage(arms: Sequence[Arm], method: str) -> dict[str, dict[str, Any]]:
-    """Mean and standard error over seeds of each number at the last stage, and of its difference from the baseline."""
-    own = {arm.seed: numbers_of(arm.rows[-1]) for arm in arms if arm.method == method}
-    base = {arm.seed: numbers_of(arm.rows[-1]) for arm in arms if arm.method == BASELINE}
-    return {
-        name: mean_and_error([own[seed][name] for seed in own])
-        | {"minus_random": mean_and_error([own[seed][name] - base[seed][name] for seed in own])}
-        for name in next(iter(own.values()))
-    }
-
-
-def numbers_of(row: Row) -> dict[str, float]:
-    """What is averaged over seeds."""
-    return {"total_flops": row.total_flops, "seconds": row.seconds} | row.metrics
+MAIN_ARM = "mates"
+LEAST_EVALUATIONS = 10
 
 
 # --- results -------------------------------------------------------------------------------------------------------
 
 
-def table(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """The tidy table: a line an evaluation, a column a metric."""
-    lines = [asdict(row) for arm in arms for row in arm.rows]
-    return [line | line.pop("metrics") for line in lines]
+def table(arms: Sequence[Arm]) -> list[Json]:
+    """The tidy table: a line an evaluation, a column a part's FLOPs or seconds, or a metric."""
+    return [row.line() for arm in arms for row in arm.rows]
 
 
-def summary(recipe: Recipe, arms: Sequence[Arm]) -> dict[str, Any]:
-    """What the JSON holds."""
-    metric = f"{recipe.reference.name}.loss_nats"
-    shown = {key: value for key, value in asdict(recipe).items() if key not in ("run_dir", "data_dir", "seed")}
+def names_of(arms: Sequence[Arm]) -> list[str]:
+    """Names of the arms, in order."""
+    return list(dict.fromkeys(arm.name for arm in arms))
+
+
+def loss_of(recipe: Recipe) -> str:
+    """The metric that the claim is about."""
+    return f"{recipe.reference.name}.loss_nats"
+
+
+def further_losses(recipe: Recipe) -> list[str]:
+    """Losses that ratios are told of besides: whether what is gained on the task's answers is lost elsewhere."""
+    return ([f"{recipe.reference.name}.passage_loss_nats"] if recipe.evaluate.passages else []) + ["holdout_loss_nats"]
+
+
+def shown(recipe: Recipe) -> Any:
+    """A recipe as results show it."""
+    return without_paths({key: value for key, value in asdict(recipe).items() if key not in ("run_dir", "data_dir", "seed")})
+
+
+def summary(recipe: Recipe, arms: Sequence[Arm]) -> Json:
+    """What the JSON of a recipe's methods holds."""
     return surroundings() | {
         "claim": CLAIM,
         "table": table(arms),
         "last_stage": {method: last_stage(arms, method) for method in recipe.methods},
-        "flops_ratio": {m: ratio_to_baseline(arms, m, metric) for m in recipe.methods if m != BASELINE},
-        "recipe": without_paths(shown),
+        "flops_ratio": {m: ratio_to_baseline(arms, m, loss_of(recipe)) for m in recipe.methods if m != BASELINE},
+        "recipe": shown(recipe),
     }
 
 
-def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm]) -> dict[str, Any]:
-    """Write NAME.json, .csv, .png and .svg; returns what the JSON holds."""
-    found = summary(recipe, arms)
+def tier_summary(tier: Tier, recipe: Recipe, arms: Sequence[Arm]) -> Json:
+    """What the JSON of a tier holds; ``flops_ratio`` and ``overhead_share`` at the top are those of the arm ``mates``."""
+    found: Json = {}
+    for name in names_of(arms):
+        runs = [arm for arm in arms if arm.name == name]
+        found[name] = {
+            "method": runs[0].method,
+            "changes": dict(tier.arms[name].changes),
+            "seeds": [run.seed for run in runs],
+            "last_stage": last_stage(arms, name),
+            "minus_random": minus_random(arms, name),
+            "flops_ratio": None if name == BASELINE else ratio_to_baseline(arms, name, loss_of(recipe)),
+            "flops_ratio_of": {} if name == BASELINE else {loss: ratio_to_baseline(arms, name, loss) for loss in further_losses(recipe)},
+            **overhead(arms, name),
+        }
+    main = found.get(MAIN_ARM)
+    return surroundings() | {
+        "claim": CLAIM,
+        "tier": tier.name,
+        "seeds": sorted({arm.seed for arm in arms}),
+        "evaluations": recipe.pretrain.stages,
+        "flops_ratio": main and {key: main["flops_ratio"][key] for key in ("median", "low", "high", "censored")},
+        "overhead_share": main and main["overhead_share"],
+        "arms": found,
+        "recipe": shown(recipe),
+    }
+
+
+def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm], found: Json, *, bands: bool = False) -> None:
+    """Write NAME.json, .csv, .png and .svg; ``bands`` as for :func:`plot`."""
     artifact.write_json(folder / f"{name}.json", found)
+    rows = table(arms)
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(found["table"][0]), lineterminator="\n")
+    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found["table"])
+    writer.writerows(rows)
     with artifact.atomic_file(folder / f"{name}.csv") as handle:
         handle.write(lines.getvalue().encode())
-    with mpl.rc_context({"svg.hashsalt": name, "font.size": 9}):
-        figure = plot(recipe, arms)
-        _save(figure, folder / f"{name}.png", dpi=150)
-        _save(figure, folder / f"{name}.svg", metadata={"Date": None})
-    return found
+    with mpl.rc_context(STYLE):
+        save_figure(plot(recipe, arms, bands=bands), folder, name)
 
 
-def _save(figure: Figure, path: Path, **options: Any) -> None:
-    with artifact.atomic_file(path) as handle:
-        figure.savefig(handle, format=path.suffix[1:], **options)
+# --- plot ----------------------------------------------------------------------------------------------------------
 
 
-def plot(recipe: Recipe, arms: Sequence[Arm]) -> Figure:
-    """Metrics against total FLOPs: seeds faint, means over seeds bold."""
-    name = recipe.reference.name
+def plot(recipe: Recipe, arms: Sequence[Arm], *, bands: bool = False) -> Figure:
+    """Metrics against total FLOPs: seeds faint, means over seeds bold, with ``bands`` their 95% intervals by Student's t."""
+    name, names = recipe.reference.name, names_of(arms)
     panels = [
         (f"{name}.loss_nats", f"held-out {name} loss (nats)"),
-        (f"{name}.accuracy", f"held-out {name} accuracy (share)"),
+        (f"{name}.passage_loss_nats", f"held-out {name}, whole passages (nats)")
+        if recipe.evaluate.passages
+        else (f"{name}.accuracy", f"held-out {name} accuracy (share)"),
         ("holdout_loss_nats", "held-out text loss (nats)"),
     ]
     unit, unit_name = flops_unit(max(row.total_flops for arm in arms for row in arm.rows))
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 3), panels, strict=True):
-        for method in recipe.methods:
-            lines = [_line(arm, metric, unit) for arm in arms if arm.method == method]
-            colour = SERIES[series_number(recipe.methods, method)]
+        for arm_name in names:
+            lines = [_line(arm, metric, unit) for arm in arms if arm.name == arm_name]
+            colour = SERIES[series_number(names, arm_name)]
             for flops, values in lines:
                 axes.plot(flops, values, color=colour, alpha=0.3, lw=1)
             flops, values = ([statistics.fmean(stage) for stage in zip(*side, strict=True)] for side in zip(*lines, strict=True))
-            axes.plot(flops, values, color=colour, lw=2.4, marker="o", ms=4, label=f"{method}, mean of {len(lines)}")
+            axes.plot(flops, values, color=colour, lw=2.4, marker="o", ms=4, label=f"{arm_name}, mean of {len(lines)}")
+            if bands and len(lines) > 1:
+                widths = [half_width(stage) for stage in zip(*(values for _, values in lines), strict=True)]
+                low, high = ([value + sign * width for value, width in zip(values, widths, strict=True)] for sign in (-1, 1))
+                axes.fill_between(flops, low, high, color=colour, alpha=0.12, lw=0)
         axes.set(xlabel=f"total compute, selection included ({unit_name})", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95% interval of a mean, by Student's t."""
+    return float(stats.t.ppf((1 + COVERED) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def _line(arm: Arm, metric: str, unit: float) -> tuple[list[float], list[float]]:
     return [row.total_flops / unit for row in arm.rows], [row.metrics[metric] for row in arm.rows]
 
 
-def report_lines(recipe: Recipe, found: dict[str, Any]) -> Iterator[str]:
-    """The table and the ratios for a terminal."""
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+def report_lines(recipe: Recipe, found: Json) -> Iterator[str]:
+    """The table and the ratios of a recipe's methods for a terminal."""
     name = recipe.reference.name
     columns = [f"{name}.loss_nats", f"{name}.accuracy", "holdout_loss_nats", "total_flops", "seconds"]
     yield "".join(["method".ljust(14), *(column.rjust(26) for column in columns)])
@@ -308,9 +209,69 @@ def report_lines(recipe: Recipe, found: dict[str, Any]) -> Iterator[str]:
         yield f"{text}: median {median}, range {low} to {high}, {reached}"
 
 
-def _with_error(value: dict[str, Any]) -> str:
+def tier_table(recipe: Recipe, found: Json) -> list[list[str]]:
+    """Heads, then a line an arm."""
+    loss = loss_of(recipe)
+    name = recipe.reference.name
+    heads = [
+        "arm",
+        "seeds",
+        f"{name} loss, last stage (nats)",
+        "minus random, equal tokens",
+        "minus random, equal FLOPs",
+        "FLOPs to random's final loss, over random's",
+        *(["the same of whole passages"] if recipe.evaluate.passages else []),
+        "text loss minus random, equal tokens",
+        "selection's share of FLOPs (probe, fit, score)",
+        "of time",
+    ]
+    return [heads, *(_tier_line(arm, values, loss, further_losses(recipe)) for arm, values in found["arms"].items())]
+
+
+def _tier_line(arm: str, values: Json, loss: str, further: Sequence[str]) -> list[str]:
+    line = [arm, str(len(values["seeds"])), _with_error(values["last_stage"][loss])]
+    if arm == BASELINE:
+        return [*line, "", "", "1", *("1" for _ in further[:-1]), "", "0%", "0%"]
+    difference, ratio = values["minus_random"][loss], values["flops_ratio"]
+    parts = ", ".join(f"{100 * values['overhead'][part]['share']:.1f}" for part in ("probe", "fit", "score"))
+    return [
+        *line,
+        _with_error(difference["equal_tokens"], "+.4f"),
+        _with_error(difference["equal_flops"], "+.4f") + _censored(difference["equal_flops"]["censored"]),
+        _ratio_text(ratio) + _censored(ratio["censored"]),
+        *(_ratio_text(other) + _censored(other["censored"]) for other in (values["flops_ratio_of"][name] for name in further[:-1])),
+        _with_error(values["minus_random"][further[-1]]["equal_tokens"], "+.4f"),
+        f"{100 * values['overhead_share']:.1f}% ({parts})",
+        f"{100 * values['overhead_share_of_time']:.1f}%",
+    ]
+
+
+def _ratio_text(ratio: Json) -> str:
+    median, low, high = ("censored" if value is None else f"{value:.3f}" for value in (ratio["median"], ratio["low"], ratio["high"]))
+    return median if len(ratio["per_seed"]) == 1 else f"{median} [{low}, {high}]"
+
+
+def _censored(count: int) -> str:
+    return f" ({count} censored)" if count else ""
+
+
+def _with_error(value: Json, form: str = ".5g") -> str:
+    if value["mean"] is None:
+        return "censored"
     error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.2g}"
-    return f"{value['mean']:.5g}{error}"
+    return f"{value['mean']:{form}}{error}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table for a terminal."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "--:|" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
 
 
 # --- command line --------------------------------------------------------------------------------------------------
@@ -318,12 +279,10 @@ def _with_error(value: dict[str, Any]) -> str:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[Recipe]]:
     """Own options, and the recipe of each seed. RecipeError for a bad recipe or option."""
-    parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False, epilog="See also --tier cpu --help")
     parser.add_argument("recipe", type=Path, help="recipe file, before everything else; dotted overrides may follow")
     parser.add_argument("--methods", default="random,mates", help="methods, parted by commas; random is among them")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted up from the recipe's own")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default runs/flops_to_accuracy_RECIPE)")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder of results")
+    _add_common(parser, "runs/flops_to_accuracy_RECIPE")
     options, overrides = parser.parse_known_args(arguments)
     base, _ = parse_with(recipe_parser("run", ""), [str(options.recipe), *overrides])
     methods, known = options.methods.split(","), get_args(Method)
@@ -335,28 +294,138 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[Recipe]]:
     return options, [replace(base, seed=k, run_dir=str(out / f"seed-{k}")) for k in range(base.seed, base.seed + options.seeds)]
 
 
+def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted up from the recipe's own")
+    parser.add_argument("--out", type=Path, help=f"folder of the runs (default {out})")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder of results")
+
+
+def parse_tier(arguments: list[str]) -> tuple[argparse.Namespace, Tier, list[Run]]:
+    """Own options, the tier, and its runs. RecipeError for a bad tier, recipe or option."""
+    parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False, epilog="Any recipe value by its dotted name, for all arms.")
+    parser.add_argument("--tier", required=True, help="name of a file in benchmarks/tiers, or a YAML file like them")
+    parser.add_argument("--arms", default="random,mates", help="arms of the tier, parted by commas; random is among them")
+    parser.add_argument("--budget-minutes", type=float, help="begin no step after this many minutes; the same command goes on later")
+    parser.add_argument("--workers", type=int, help="runs side by side, instead of the tier's")
+    parser.add_argument("--report-only", action="store_true", help="run nothing: results of what is complete")
+    parser.add_argument(
+        "--data-only", action="store_true", help="make the tier's data, which pieces.py can carry elsewhere, and nothing else"
+    )
+    _add_common(parser, "runs/flops_to_accuracy_TIER")
+    options, overrides = parser.parse_known_args(arguments)
+    tier = load_tier(options.tier)
+    arms = options.arms.split(",")
+    require(set(arms) <= set(tier.arms), "--arms", options.arms, f"some of {', '.join(tier.arms)}")
+    require(BASELINE in arms, "--arms", options.arms, f"{BASELINE} among them, which others are held against")
+    require(len(set(arms)) == len(arms), "--arms", options.arms, "each arm once")
+    require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
+    options.workers = options.workers or tier.workers
+    options.out = options.out or Path("runs") / f"flops_to_accuracy_{tier.name}"
+    runs = runs_of(tier, arms, options.seeds, options.out, overrides)
+    stages = runs[0].recipe.pretrain.stages
+    require(stages > LEAST_EVALUATIONS, "pretrain.stages", stages, f"at least {LEAST_EVALUATIONS} after stage 0, for ratios to be read off")
+    options.overrides = overrides
+    return options, tier, runs
+
+
+def complete_arms(tier: Tier, options: argparse.Namespace, runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
+    """All arms that are complete below ``--out``, of seeds whose random is, whether they were asked for now or not; and why others are left
+    out, a line each."""
+    asked = {str(run) for run in runs}
+    first = runs[0].recipe.seed
+    there = [int(path.name.removeprefix("seed-")) for path in options.out.glob("seed-*")]
+    seeds = max([options.seeds, *(seed - first + 1 for seed in there)])
+    found: list[Arm] = []
+    left_out = []
+    arms = [name for name in tier.arms if any(options.out.glob(f"seed-*/{name}")) or any(run.arm and run.arm.name == name for run in runs)]
+    for run in runs_of(tier, arms, seeds, options.out, options.overrides):
+        if run.arm is None:
+            continue
+        if not run.folder.is_dir():
+            left_out += [f"{run}: not begun"] if str(run) in asked else []
+            continue
+        arm = measured(run)
+        missing = missing_stages(arm, run.recipe.pretrain.stages)
+        if not missing:
+            found.append(arm)
+        else:
+            left_out.append(f"{run}: {len(missing)} of {run.recipe.pretrain.stages} stages are not complete")
+    whole = {arm.seed for arm in found if arm.name == BASELINE}
+    left_out += [f"{arm}: {BASELINE} of this seed is not complete" for arm in found if arm.seed not in whole]
+    order = names_of([arm for arm in found if arm.name == BASELINE] + found)
+    kept = [arm for arm in found if arm.seed in whole]
+    return sorted(kept, key=lambda arm: (order.index(arm.name), arm.seed)), left_out
+
+
+def run_tier(arguments: list[str]) -> int:
+    """The arms of a tier. Exit codes as :func:`main`, and 75: stopped after ``--budget-minutes``."""
+    options, tier, runs = parse_tier(arguments)
+    if options.data_only:
+        make_data(runs[0].recipe)
+        return 0
+    stopped, failed = 0, list[str]()
+    if not options.report_only:
+        stopped, failed = bring_to_end(runs, workers=options.workers, prunes=tier.prune, budget_minutes=options.budget_minutes)
+    arms, left_out = complete_arms(tier, options, runs)
+    if left_out:
+        print("\n  ".join(["flops_to_accuracy: left out:", *left_out]), file=sys.stderr)
+    is_written = bool(arms) and not close_gate(arms, runs[0].recipe.pretrain.stages)
+    if is_written:
+        write_tier(tier, runs[0].recipe, arms, options.results)
+    if failed:
+        print("\n  ".join(["flops_to_accuracy: failed, their own messages stand above:", *failed]), file=sys.stderr)
+    if stopped and not failed:
+        return STOPPED
+    return 0 if is_written and not failed else 1
+
+
+def write_tier(tier: Tier, recipe: Recipe, arms: Sequence[Arm], folder: Path) -> None:
+    """Write a tier's results, and print their table."""
+    name, found = f"flops_to_accuracy_{tier.name}", tier_summary(tier, recipe, arms)
+    rows = tier_table(recipe, found)
+    write_results(folder, name, recipe, arms, found, bands=True)
+    with artifact.atomic_file(folder / f"{name}.md") as handle:
+        handle.write(markdown(rows).encode())
+    print("\n".join(aligned(rows)))
+
+
+def close_gate(arms: Sequence[Arm], stages: int) -> bool:
+    """Whether the gate is closed; it says why."""
+    problems = gate(arms, stages)
+    if problems:
+        print("\n  ".join(["flops_to_accuracy: not comparable, nothing was written:", *problems]), file=sys.stderr)
+    return bool(problems)
+
+
+def run_methods(arguments: list[str]) -> int:
+    """The methods of a recipe. Exit codes as :func:`main`."""
+    from mates.launchers.verbs import run_recipe
+
+    options, recipes = parse(arguments)
+    for recipe in recipes:
+        run_recipe(recipe)
+    arms = [arm for recipe in recipes for arm in measure(recipe)]
+    if close_gate(arms, recipes[0].pretrain.stages):
+        return 1
+    found = summary(recipes[0], arms)
+    write_results(options.results, f"flops_to_accuracy_{options.recipe.stem}", recipes[0], arms, found)
+    print("\n".join(report_lines(recipes[0], found)))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 the gate is closed or a step failed, 2 a bad recipe or option."""
-    from mates.launchers.verbs import run_recipe, user_errors
+    from mates.launchers.verbs import user_errors
 
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        options, recipes = parse(sys.argv[1:] if arguments is None else arguments)
-        for recipe in recipes:
-            run_recipe(recipe)
+        return (run_tier if any(word.partition("=")[0] == "--tier" for word in given) else run_methods)(given)
     except RecipeError as error:
         print(f"flops_to_accuracy: {error}", file=sys.stderr)
         return 2
     except user_errors() as error:
         print(f"flops_to_accuracy: {error}", file=sys.stderr)
         return 1
-    arms = [arm for recipe in recipes for arm in measure(recipe)]
-    problems = gate(arms, recipes[0].pretrain.stages)
-    if problems:
-        print("\n  ".join(["flops_to_accuracy: not comparable, nothing was written:", *problems]), file=sys.stderr)
-        return 1
-    found = write_results(options.results, f"flops_to_accuracy_{options.recipe.stem}", recipes[0], arms)
-    print("\n".join(report_lines(recipes[0], found)))
-    return 0
 
 
 if __name__ == "__main__":

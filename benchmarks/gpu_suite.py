@@ -303,6 +303,28 @@ def quickstart() -> dict[str, Any]:
     return {"metrics": metrics, "seconds": seconds}
 
 
+def flops_to_accuracy(minutes: float = 8.0) -> dict[str, Any]:
+    """random, mates and mates-static of the gpu tier, one seed; in turns of eight minutes, the same command until all are measured."""
+    import flops_to_accuracy as benchmark
+    from pieces import PieceError, unpack
+
+    from mates.engine.pretrain.vigilance import STOPPED
+
+    out, packed = REPOSITORY / "runs" / "flops_to_accuracy_gpu", REPOSITORY / "runs" / "flops_to_accuracy_gpu_pieces"
+    if packed.is_dir() and not (out / "data").exists():
+        try:
+            unpack(packed, out / "data")
+        except PieceError as error:
+            raise GateError(str(error)) from error
+    with tempfile.TemporaryDirectory() as results:
+        options = ["--arms", "random,mates,mates-static", "--seeds", "1", "--budget-minutes", str(minutes), "--out", str(out)]
+        code = benchmark.main(["--tier", "gpu", *options, "--results", results])
+        gate(code != STOPPED, "flops-to-accuracy: not all runs are complete; the same command goes on")
+        gate(code == 0, f"flops-to-accuracy: exit code {code}")
+        found: dict[str, Any] = json.loads((Path(results) / "flops_to_accuracy_gpu.json").read_text())
+    return found
+
+
 PARTS: dict[str, Part] = {
     "adamw": adamw,
     "sample-gradients": sample_gradients,
@@ -319,6 +341,7 @@ PARTS: dict[str, Part] = {
     },
     "scoring": scoring,
     "quickstart": quickstart,
+    "flops-to-accuracy": flops_to_accuracy,
 }
 
 

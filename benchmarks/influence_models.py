@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import GateError, spread
-from surroundings import REPOSITORY, surroundings, without_paths
+from surroundings import REPOSITORY, SHARED_DATA, surroundings, without_paths
 
 from mates.engine.config import (
     CorpusConfig,
@@ -44,7 +44,6 @@ from mates.engine.config import (
 from mates.preprocess import artifact
 
 CLAIM = "An influence model of under 2e7 FLOPs a token finds the samples that help; in front of it n-grams drop most of the candidates."
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 METHOD: Method = "mates"
 STAGE = 1
 LEAST_FIDELITY = 0.95
@@ -108,7 +107,7 @@ def make_labels(recipe: Recipe) -> artifact.Manifest:
     """All steps up to the labels; finished ones are skipped. GateError where they do not agree with exact influences."""
     from mates.engine.layout import SHARED, layout_of
     from mates.launchers.local import console_script, step_environment
-    from mates.launchers.verbs import write_recipe
+    from mates.launchers.recipe import write_recipe
 
     path = recipe.path() / "influence-models.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from surroundings import REPOSITORY, surroundings, without_paths
+from surroundings import REPOSITORY, SHARED_DATA, surroundings, without_paths
 
 from mates.engine import distributed
 from mates.engine.config import (
@@ -40,7 +40,6 @@ from mates.engine.config import (
 from mates.preprocess import artifact
 
 CLAIM = "Cheap estimates rank samples as exact influences do, at every checkpoint, and the tool tells where they do not."
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 STAGES = 3
 
 

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import spread
-from surroundings import REPOSITORY, surroundings, without_paths
+from surroundings import REPOSITORY, SHARED_DATA, surroundings, without_paths
 from torch import nn
 
 from mates.engine.config import ModelConfig
@@ -60,7 +60,6 @@ from mates.engine.reference.task import IGNORED, Passage, Reference, pack
 from mates.preprocess.artifact import write_json
 
 CLAIM = "Probes by taps and fused updates are many times cheaper than the published way, and exact ones are exact."
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 OURS = ("exact", "linear", "centred", "frozen", "corrected")
 ONE_BY_ONE = ("published_disk", "published_memory", "exact")
 CONTESTANTS = ("published_disk", "published_memory", "vmap", *OURS, "training")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 

@@ -7,18 +7,47 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 SAMPLE = "sample"  # the word in place of a path that asks for the embedded corpus or its reference task
 
-Method = Literal["random", "mates", "mates-topk", "dsir", "semdedup", "quality", "perplexity", "ratings"]
-INFLUENCE_METHODS = ("mates", "mates-topk")
+Method = Literal["random", "mates", "mates-topk", "mates-static", "dsir", "semdedup", "quality", "perplexity", "ratings"]
+INFLUENCE_METHODS = ("mates", "mates-topk", "mates-static")
 """Methods that choose by an influence model, and so need probe and fit."""
 ProbeMethod = Literal["exact", "linear", "centred", "frozen", "corrected"]
 TaskFormat = Literal["lambada", "arc", "boolq", "copa", "hellaswag", "logiqa", "openbookqa", "piqa", "sciq", "winogrande"]
+EVALUATION_TASKS = (
+    "sciq",
+    "arc_easy",
+    "arc_challenge",
+    "logiqa",
+    "openbookqa",
+    "boolq",
+    "hellaswag",
+    "piqa",
+    "winogrande",
+    "lambada",
+)
+"""The zero-shot tasks of the MATES paper, and LAMBADA's held-out half, by lm_eval's names."""
 
+
+SLURM_VERBS = (
+    "sample-corpus",
+    "tokenizer",
+    "preprocess",
+    "reference",
+    "probe",
+    "fit",
+    "score",
+    "select",
+    "pretrain",
+    "evaluate",
+    "report",
+)
+"""Verbs that a job can run."""
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "pretrain.batch_size",
@@ -156,6 +185,8 @@ class TaskConfig:
     """Items drawn from the file; the probe's cost is proportional to it."""
     weight: float = 1.0
     """Weight of this task where influences on several are joined into one; 0 measures it and leaves it out."""
+    loss_over: Literal["answer", "passage"] = "answer"
+    """As ``reference.loss_over``."""
 
     def __post_init__(self) -> None:
         require_task_name("reference.more.name", self.name)
@@ -185,6 +216,11 @@ class ReferenceConfig:
     """Passages in the held-out test set, drawn from the other half (fewer where there are fewer)."""
     weight: float = 1.0
     """Weight of this task where influences on several are joined into one; 0 measures it and leaves it out."""
+    loss_over: Literal["answer", "passage"] = "answer"
+    """Which tokens' loss influences are measured on: those of an item's ``answer`` (LAMBADA's last word), or of the whole ``passage``,
+    prompt included. What moves the answer's loss of a small model is mostly how likely such words are anywhere; the passage's says
+    what text is worth reading, by many more tokens. Logits of a whole reference batch are held at once: mind
+    ``probe.reference_batch_tokens``."""
     more: list[TaskConfig] = field(default_factory=list)
     """Further tasks that are probed at the same steps, each into columns of its own."""
     avoid: list[str] = field(default_factory=list)
@@ -376,6 +412,8 @@ class ProbeConfig:
     exact on ``subset_items`` items, corrected by linear. ``auto``: the cheapest of them that is as faithful as ``min_fidelity`` asks."""
     samples: int = 256
     """Samples of the pool probed at each stage."""
+    every: int = 1
+    """Stages from one probe to the next; the stages between are chosen by the influence model of the last one."""
     after_decay: bool = False
     """Probe the end of the evaluation's decay branch instead of the checkpoint itself (the paper's way). Under a constant learning rate
     the reference gradient of a small model is mostly what its last batches disturbed; the branch takes that away. Its steps are billed
@@ -407,7 +445,8 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 20, "probe.samples", self.samples, "at least 20, or there is nothing to fit and test on")
-        for name in ("reference_batch_tokens", "chunk_size", "subset_items", "calibration_samples", "micro_batch_size", "shard_over"):
+        counts = ("reference_batch_tokens", "chunk_size", "subset_items", "calibration_samples", "micro_batch_size", "shard_over", "every")
+        for name in counts:
             require(getattr(self, name) >= 1, f"probe.{name}", getattr(self, name), "at least 1")
         require(
             self.fidelity_samples == 0 or 8 <= self.fidelity_samples <= self.samples,
@@ -464,6 +503,9 @@ class FitConfig:
     """Decoupled weight decay of matrices."""
     warm_start: bool = True
     """Start from the previous stage's influence model where there is one."""
+    earlier_labels: int = 0
+    """Train on the labels of so many earlier probes as well, each probe's standardised by itself. What a model prefers moves slowly: old
+    labels cost nothing, and make up for few new ones. Validation and test labels are the new ones alone."""
     validation_share: float = 0.1
     """Share of labels (by hash of the sample id) that chooses the epoch."""
     test_share: float = 0.2
@@ -481,6 +523,7 @@ class FitConfig:
             self.hidden_size,
             f"a multiple of fit.heads = {self.heads}",
         )
+        require(self.earlier_labels >= 0, "fit.earlier_labels", self.earlier_labels, "0 or more")
         require(self.lr > 0, "fit.lr", self.lr, "above 0")
         require(self.weight_decay >= 0, "fit.weight_decay", self.weight_decay, "0 or more")
         for name in ("validation_share", "test_share"):
@@ -492,9 +535,10 @@ class FitConfig:
             "a sum below 0.9",
         )
 
-    def starts_from_earlier(self, stage: int) -> bool:
-        """Whether the influence model of ``stage`` is fitted from that of the stage before."""
-        return self.warm_start and self.model != "ngram" and stage > 1
+    @property
+    def warm_starts(self) -> bool:
+        """Whether a model is fitted from that of the probe before."""
+        return self.warm_start and self.model != "ngram"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -597,20 +641,141 @@ class EvaluateConfig:
     """Samples of the holdout corpus in the held-out loss (fewer where there are fewer)."""
     batch_size: int = 32
     """Samples in one forward pass on one rank."""
+    passages: bool = False
+    """Also measure the mean loss over all tokens of the held-out reference items (``TASK.passage_loss_nats``)."""
+    by: str | None = None
+    """A field of ``corpus.metadata_fields`` (of ``url`` the host name) for each value of which the held-out loss is told, too; null for
+    none."""
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks that lm_eval measures (`pip install mates[eval]`): sciq, arc_easy, arc_challenge, logiqa, openbookqa, boolq,
+    hellaswag, piqa, winogrande, and lambada's half that is no reference."""
+    task_data: str | None = None
+    """Folder with a folder for each task, in it test.jsonl or validation.jsonl (also .gz, .zst, .parquet, and the shards of the model hub);
+    lambada also as lambada_test.jsonl. Items are in the hub's form, or of ``choices`` with the number of the right one as ``label``."""
+    task_limit: int | None = None
+    """Items of each task, the first ones; null for all."""
 
     def __post_init__(self) -> None:
         require(self.decay_steps >= 0, "evaluate.decay_steps", self.decay_steps, "0 or more")
         for name in ("holdout_samples", "batch_size"):
             require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "at least 1")
+        unknown = [name for name in self.tasks if name not in EVALUATION_TASKS]
+        require(not unknown, "evaluate.tasks", ", ".join(unknown), f"some of {', '.join(EVALUATION_TASKS)}")
+        require(len(set(self.tasks)) == len(self.tasks), "evaluate.tasks", self.tasks, "each task once")
+        needs_data = bool(self.tasks) and not self.task_data
+        require(not needs_data, "evaluate.task_data", self.task_data, "the folder of the tasks' files, since evaluate.tasks names some")
+        require(self.task_limit is None or self.task_limit >= 1, "evaluate.task_limit", self.task_limit, "null or at least 1 item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig:
+    """What SLURM is asked for one kind of job. Null takes what the kind of step has by default."""
+
+    nodes: int | None = None
+    """Nodes; null is ``launch.nodes`` for steps on GPUs, otherwise 1."""
+    processes: int | None = None
+    """Ranks on each node; null is ``launch.processes`` over ``launch.nodes`` for steps on GPUs, otherwise 1."""
+    gpus_per_node: int | None = None
+    """GPUs asked of each node (``--gpus-per-node``); 0 asks for none, as clusters without them need. Null is one for each rank of a step
+    on GPUs, otherwise 0."""
+    cpus_per_process: int | None = None
+    """Cores of each rank (``--cpus-per-task``); null leaves it to the cluster."""
+    memory: str | None = None
+    """Memory of a node (``--mem``), such as 200G; null leaves it to the cluster, 0 is all of it."""
+    time: str | int | None = None
+    """Time limit (``--time``) in quotes, such as "12:00:00" or "2-00:00:00". A step that reaches it saves, goes back to the queue and
+    goes on."""
+    partition: str | None = None
+    """Partition (``--partition``)."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, such as --constraint=h100."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 1), ("processes", 1), ("gpus_per_node", 0), ("cpus_per_process", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, f"launch.slurm: {name}", value, f"null or at least {least}")
+        quoted = self.time is None or isinstance(self.time, str)
+        require(quoted, "launch.slurm: time", self.time, 'a time in quotes, such as "12:00:00": YAML makes a number of one without them')
+        form = 'minutes, "12:00:00" (hours:minutes:seconds) or "2-00:00:00" (with days)'
+        require(self.time is None or self.seconds is not None, "launch.slurm: time", self.time, form)
+        for name in ("memory", "time", "partition"):
+            value = getattr(self, name)
+            good = value is None or (value != "" and not set(value) & set(" \n\t\"'"))
+            require(good, f"launch.slurm: {name}", value, "null or a word without spaces")
+        for option in self.options:
+            good = option.startswith("-") and "\n" not in option
+            require(good, "launch.slurm: options", option, "an option of sbatch, such as --constraint=h100")
+
+    @property
+    def seconds(self) -> float | None:
+        """The time limit in seconds; infinite where there is none, None where it is in no form that SLURM reads."""
+        text = str(self.time or "UNLIMITED").upper()
+        if text in ("UNLIMITED", "INFINITE", "-1", "0"):
+            return math.inf
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+        if not found:
+            return None
+        days, first, second, third = (int(part or 0) for part in found.groups())
+        if found[1] is None and found[4] is None:  # minutes, or minutes:seconds
+            return 60.0 * first + second
+        return 86_400.0 * days + 3_600 * first + 60 * second + third
+
+
+START_SECONDS = 60
+SlurmLauncher = Literal["srun", "torchrun", "deepspeed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """How steps run under SLURM (`mates launch slurm`, `mates run --on slurm`)."""
+
+    gpu: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Jobs of steps that run a model: pretrain, probe, evaluate, fit and score with an encoder or a checkpoint."""
+    cpu: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Jobs of all others: preprocess, select, n-gram models and so on."""
+    steps: dict[str, ResourcesConfig] = field(default_factory=dict)
+    """Jobs of one verb, such as ``preprocess: {nodes: 16, processes: 48}``; what is null there is taken from ``gpu`` or ``cpu``."""
+    launcher: SlurmLauncher = "srun"
+    """Who starts the ranks of a job: srun, one task a rank; or torchrun or deepspeed, started on each node by srun."""
+    mpi: str = "pmi2"
+    """Interface through which the ranks of preprocess meet (``srun --mpi``): pmi2 for MPICH, pmix for Open MPI."""
+    account: str | None = None
+    """Account that is billed (``--account``)."""
+    setup: list[str] = field(default_factory=list)
+    """Commands of the shell that each job runs first, such as ``module load cuda``; where one fails, the job does."""
+    srun_options: list[str] = field(default_factory=list)
+    """Further options of srun in each job, such as --container-image=mates.sqsh of pyxis."""
+    prefix: list[str] = field(default_factory=list)
+    """Words before each command that a rank runs, such as [apptainer, exec, --nv, mates.sif]."""
+    stop_seconds: int = 120
+    """Seconds before the time limit at which a step is asked to save and go back to the queue. SLURM may ask up to a minute earlier."""
+    retries: int = 3
+    """Times that a job whose step failed by no fault of the recipe (a dead rank, a lost node) goes back to the queue."""
+
+    def __post_init__(self) -> None:
+        require(self.stop_seconds >= 0, "launch.slurm.stop_seconds", self.stop_seconds, "0 or more")
+        kinds = {"gpu": self.gpu, "cpu": self.cpu} | {f"steps.{verb}": asked for verb, asked in self.steps.items()}
+        for name, asked in kinds.items():
+            least = self.stop_seconds + START_SECONDS
+            expected = f"over {least} s: launch.slurm.stop_seconds = {self.stop_seconds}, and {START_SECONDS} s to start and do something"
+            require((asked.seconds or 0) > least, f"launch.slurm.{name}.time", asked.time, expected)
+        bad = self.account is not None and bool(set(self.account) & set(" \t\n\"'"))
+        require(not bad, "launch.slurm.account", self.account, "a word without spaces")
+        require(self.retries >= 0, "launch.slurm.retries", self.retries, "0 or more")
+        require(self.mpi != "", "launch.slurm.mpi", self.mpi, "an interface that `srun --mpi=list` names")
+        unknown = sorted(set(self.steps) - set(SLURM_VERBS))
+        require(not unknown, "launch.slurm.steps", ", ".join(unknown), f"some of {', '.join(SLURM_VERBS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """How many processes the distributed steps use on this machine."""
+    """How many processes the distributed steps use, and where."""
 
     processes: int = 1
-    """Processes (ranks) that `mates run` starts for pretrain (through the deepspeed launcher), probe, score and evaluate: one for each
-    GPU, or a share of the cores on a machine without."""
+    """Processes (ranks) that `mates run` starts for pretrain (through the deepspeed launcher), probe, fit, score and evaluate: one for
+    each GPU, or a share of the cores on a machine without. Under SLURM this counts the ranks of all nodes together."""
+    nodes: int = 1
+    """Nodes that these ranks are spread over, in equal shares. On one machine it is 1."""
     threads: int = 0
     """CPU threads of a process; 0 divides the machine's cores by the processes."""
     timeout_minutes: float = 30.0
@@ -623,9 +788,14 @@ class LaunchConfig:
     package (`pip install mates[tensorboard]`)."""
     deepspeed: dict[str, object] = field(default_factory=dict)
     """Further keys of the DeepSpeed configuration, passed through as they are."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """Jobs under SLURM."""
 
     def __post_init__(self) -> None:
         require(self.processes >= 1, "launch.processes", self.processes, "at least 1")
+        require(self.nodes >= 1, "launch.nodes", self.nodes, "at least 1")
+        whole = self.processes % self.nodes == 0
+        require(whole, "launch.processes", self.processes, f"a multiple of launch.nodes = {self.nodes}, since nodes take equal shares")
         require(self.threads >= 0, "launch.threads", self.threads, "0 or more")
         require(self.timeout_minutes > 0, "launch.timeout_minutes", self.timeout_minutes, "above 0")
         require(self.peak_tflops is None or self.peak_tflops > 0, "launch.peak_tflops", self.peak_tflops, "null or above 0")
@@ -652,9 +822,9 @@ class Recipe:
     """Key of every random choice of the run."""
     methods: list[Method] = field(default_factory=lambda: ["random", "mates"])
     """Selection methods that are run, each from the same stage-0 checkpoint: uniform ``random``; ``mates`` (Gumbel-top-k on predicted
-    influences); ``mates-topk`` (plain top-k on them); and to compare with ``dsir`` (importance resampling on hashed n-grams towards the
-    reference), ``semdedup`` (semantic deduplication), ``quality`` (a classifier of good text), ``perplexity`` and ``ratings`` (a file of
-    yours); see ``baselines``."""
+    influences); ``mates-topk`` (plain top-k on them); ``mates-static`` (Gumbel-top-k by the influence model of stage 1 at all stages);
+    and to compare with ``dsir`` (importance resampling on hashed n-grams towards the reference), ``semdedup`` (semantic deduplication),
+    ``quality`` (a classifier of good text), ``perplexity`` and ``ratings`` (a file of yours); see ``baselines``."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """Text and how it is split."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -718,13 +888,10 @@ class Recipe:
             self.baselines.perplexity_keep,
             "low or high where select.floors or select.caps are set",
         )
-        domains = self.select.domains
-        require(
-            domains is None or domains in self.corpus.metadata_fields or bool(self.corpus.union),
-            "select.domains",
-            domains,
-            f"one of corpus.metadata_fields: {', '.join(self.corpus.metadata_fields)}",
-        )
+        known = self.corpus.metadata_fields
+        for name, value, nothing in (("select.domains", self.select.domains, ""), ("evaluate.by", self.evaluate.by, "null or ")):
+            is_kept = value is None or value in known or bool(self.corpus.union)
+            require(is_kept, name, value, f"{nothing}one of corpus.metadata_fields: {', '.join(known)}")
         share = self.launch.processes
         require(
             self.pretrain.batch_size % share == 0,
@@ -770,9 +937,12 @@ def require_packages(recipe: Recipe) -> None:
     wanted: list[tuple[str, str, str]] = [("launch.trackers", name, name) for name in recipe.launch.trackers]
     if recipe.pretrain.fused_loss == "always":
         wanted.append(("pretrain.fused_loss", "liger_kernel", "liger-kernel"))
+    if recipe.evaluate.tasks:
+        wanted += [("evaluate.tasks", module, "mates[eval]") for module in ("lm_eval", "accelerate")]
     for name, module, package in wanted:
         if not is_installed(module):
-            raise RecipeError(f"{name}: the package {package} is not installed; run `pip install {package}` or leave it out")
+            missing = module if "[" in package else package
+            raise RecipeError(f"{name}: the package {missing} is not installed; run `pip install {package}` or leave it out")
 
 
 def is_installed(module: str) -> bool:

@@ -1,7 +1,6 @@
-"""Ranks: finding them, joining them, and dying together.
+"""Ranks: joining them, and dying together.
 
-A rank is found in the variables that deepspeed and torchrun set (RANK, WORLD_SIZE, LOCAL_RANK); without them a step runs alone. The
-launcher says in MATES_WORLD_SIZE how many ranks it promised, and in MATES_PARENT which process the ranks must not outlive.
+The launcher says in MATES_WORLD_SIZE how many ranks it promised, and in MATES_PARENT which process the ranks must not outlive.
 """
 
 from __future__ import annotations
@@ -22,17 +21,13 @@ import torch
 import torch.distributed as dist
 
 from mates.engine.heartbeat import Heartbeats, start_heartbeats
+from mates.engine.ranks import LaunchError, Place, announce, find_place, network_settings
 
-PROMISED_WORLD_SIZE = "MATES_WORLD_SIZE"
 PARENT = "MATES_PARENT"
 SAYS_EVERY = 5.0  # seconds in which a rank that works alone tells the others so
 
 
 _beating: list[Heartbeats] = []
-
-
-class LaunchError(RuntimeError):
-    """The processes that were started are not the ones that were promised."""
 
 
 @dataclass(frozen=True)
@@ -117,35 +112,46 @@ def join(*, timeout_minutes: float, threads: int) -> World:
     """Join the other ranks of this step.
 
     Raises:
-        LaunchError: another number of ranks than the launcher promised (a wrong MPI or SLURM flag otherwise gives N separate runs
-            that each think they are alone).
+        LaunchError: see :func:`~mates.engine.ranks.find_place`; or the others were not found in ``timeout_minutes``.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    promised = int(os.environ.get(PROMISED_WORLD_SIZE, size))
-    if promised != size:
-        raise LaunchError(f"rank {rank}: the launcher promised {promised} ranks, this process finds {size}; check the launch command")
+    place = find_place()
+    os.environ |= announce(place)
+    os.environ |= network_settings(place, os.environ)
     _follow_parent()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        # SLURM may show each rank its own device only
+        device, backend = torch.device("cuda", place.local_rank % torch.cuda.device_count()), "nccl"
+        torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
-    if "RANK" not in os.environ:
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
+        torch.set_num_threads(threads or _own_cores(place))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # before DeepSpeed looks for one
+    _meet(backend, place, timeout_minutes)
+    if place.size > 1:
+        _beating.append(start_heartbeats(place.rank, place.size, host=os.environ["MASTER_ADDR"], limit_seconds=60 * timeout_minutes))
+    return World(place.rank, place.size, device)
+
+
+def _own_cores(place: Place) -> int:
+    """Cores of this rank: SLURM says how many each has; otherwise those of the machine, or of the job, are shared equally."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdigit() and place.launcher == "slurm":
+        return int(given)
+    return max(1, len(os.sched_getaffinity(0)) // place.local_size)
+
+
+def _meet(backend: str, place: Place, timeout_minutes: float) -> None:
     # a little longer than heartbeats wait, which can name the rank that is silent
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes, seconds=8))
-    if size > 1:
-        _beating.append(start_heartbeats(rank, size, host=os.environ["MASTER_ADDR"], limit_seconds=60 * timeout_minutes))
-    return World(rank, size, device)
+    timeout = timedelta(minutes=timeout_minutes, seconds=8)
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        first = str(error).strip().partition("\n")[0]
+        raise LaunchError(
+            f"rank {place.rank} of {place.size} on {socket.gethostname()} did not meet the others at {where} in {timeout_minutes:g} "
+            f"minutes (launch.timeout_minutes): {first}"
+        ) from error
 
 
 def leave() -> None:
@@ -154,13 +160,6 @@ def leave() -> None:
         _beating.pop().leave()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- not outliving the run -----------------------------------------------------------------------------------------

@@ -71,6 +71,18 @@ class Layout:
         """Evaluation of the checkpoint of ``stage``."""
         return self.stage(method, stage) / "evaluation"
 
+    def of_step(self, verb: str, method: str, stage: int) -> Path:
+        """The artifact of one of a stage's steps, by the step's verb."""
+        places = {
+            "probe": self.labels,
+            "fit": self.influence_model,
+            "score": self.scores,
+            "select": self.index,
+            "pretrain": self.checkpoint,
+            "evaluate": self.evaluation,
+        }
+        return places[verb](method, stage)
+
     def probed(self, method: str, stage: int, *, after_decay: bool) -> Path:
         """The artifact whose ``state/`` is probed for ``stage``: the checkpoint before it, or the end of that one's decay branch."""
         return (self.evaluation if after_decay else self.checkpoint)(method, stage - 1)

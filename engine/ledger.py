@@ -151,12 +151,13 @@ def collect(recipe: Recipe) -> Ledger:
 
 def _entry(recipe: Recipe, step: Step) -> Entry:
     from mates.engine.data.blocks import CorpusTooSmallError
+    from mates.preprocess.inputs import InputError
 
     try:
         manifests = _data_manifests(recipe, step.verb) if step.method is None else _stage_manifest(recipe, step)
     except ArtifactMismatchError:
         return Entry(step=step, cost=None, missing="made with other settings or from other inputs than the recipe's")
-    except (ArtifactError, CorpusTooSmallError) as error:
+    except (ArtifactError, CorpusTooSmallError, InputError) as error:
         return Entry(step=step, cost=None, missing=str(error))
     if None in manifests.values():
         return Entry(step=step, cost=None, missing=NOT_DONE)
@@ -185,25 +186,12 @@ def _load(directory: Path, kind: str) -> Manifest | None:
 
 def _stage_manifest(recipe: Recipe, step: Step) -> dict[str, Manifest | None]:
     """The artifact of a stage's step."""
-    directory = _stage_directory(recipe, step)
+    assert step.method is not None, "data steps have no stage"
+    assert step.stage is not None, "data steps have no stage"
+    directory = layout_of(recipe).of_step(step.verb, step.method, step.stage)
     if not (directory / artifact.MANIFEST_NAME).is_file():  # its inputs may not exist yet, so no request could be made
         return {step.verb: None}
     return {step.verb: step_request(recipe, step).find()}
-
-
-def _stage_directory(recipe: Recipe, step: Step) -> Path:
-    layout = layout_of(recipe)
-    places = {
-        "probe": layout.labels,
-        "fit": layout.influence_model,
-        "score": layout.scores,
-        "select": layout.index,
-        "pretrain": layout.checkpoint,
-        "evaluate": layout.evaluation,
-    }
-    assert step.method is not None, "data steps have no stage"
-    assert step.stage is not None, "data steps have no stage"
-    return places[step.verb](step.method, step.stage)
 
 
 # --- to JSON -------------------------------------------------------------------------------------------------------

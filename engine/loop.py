@@ -13,7 +13,7 @@ from mates.engine.influence.score import score_request
 from mates.engine.layout import SHARED
 from mates.engine.pretrain.stage import pretrain_request
 from mates.engine.probe.stage import probe_request
-from mates.engine.select.methods import needs_influences, needs_scores
+from mates.engine.select.methods import earlier_models, label_stages, model_stage, needs_influences, needs_scores, uses_influences
 from mates.engine.select.stage import select_request
 from mates.preprocess.artifact import ArtifactError, Request
 
@@ -34,9 +34,9 @@ class Step:
         return self.verb if self.method is None else f"{self.verb} {self.method} stage {self.stage}"
 
 
-def stage_steps(method: str, stage: int) -> Iterator[Step]:
+def stage_steps(recipe: Recipe, method: str, stage: int) -> Iterator[Step]:
     """Steps of one stage of one method."""
-    if needs_influences(method, stage):
+    if needs_influences(recipe, method, stage):
         yield from (Step(verb, method, stage) for verb in ("probe", "fit"))
     if needs_scores(method, stage):
         yield Step("score", method, stage)
@@ -46,10 +46,10 @@ def stage_steps(method: str, stage: int) -> Iterator[Step]:
 def run_steps(recipe: Recipe) -> Iterator[Step]:
     """All steps of a run, in an order in which each finds what it needs."""
     yield from (Step(verb) for verb in DATA_VERBS)
-    yield from stage_steps(SHARED, 0)
+    yield from stage_steps(recipe, SHARED, 0)
     for stage in range(1, recipe.pretrain.stages):
         for method in recipe.methods:
-            yield from stage_steps(method, stage)
+            yield from stage_steps(recipe, method, stage)
     yield Step("report")
 
 
@@ -62,11 +62,11 @@ def needed_steps(recipe: Recipe, step: Step) -> Iterator[Step]:
     if verb == "probe":
         yield replace(parent, verb="evaluate") if recipe.probe.after_decay else parent
     elif verb == "fit":
-        yield replace(step, verb="probe")
-        if recipe.fit.starts_from_earlier(stage):
-            yield replace(step, stage=stage - 1)
-    elif verb == "score" and needs_influences(method, stage):
-        yield replace(step, verb="fit")
+        yield from (replace(step, verb="probe", stage=probed) for probed in label_stages(recipe, stage))
+        if recipe.fit.warm_starts and (earlier := earlier_models(recipe, stage)):
+            yield replace(step, stage=earlier[0])
+    elif verb == "score" and uses_influences(method, stage):
+        yield Step("fit", method, model_stage(recipe, method, stage))
     elif verb == "score" and method in OF_CHECKPOINT:
         yield parent
     elif verb == "select" and needs_scores(method, stage):

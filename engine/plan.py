@@ -17,7 +17,7 @@ from mates.engine.layout import layout_of, union_layouts
 from mates.engine.pretrain.model import padded_vocabulary
 from mates.engine.pretrain.shapes import ModelShape, resolve_shape
 from mates.engine.probe.stage import label_weights, probe_flops
-from mates.engine.select.methods import needs_influences, needs_scores
+from mates.engine.select.methods import earlier_models, needs_influences, needs_scores
 from mates.preprocess import artifact
 from mates.preprocess.indexed import token_dtype
 
@@ -129,7 +129,9 @@ def _reference(recipe: Recipe, half: str, items: int) -> tuple[int, int, int]:
 
 def _probed_references(recipe: Recipe) -> list[tuple[int, int, int]]:
     more = [(task.items, task.items * REFERENCE_TOKENS_PER_ITEM, 2 * task.items) for task in recipe.reference.more]
-    return [_reference(recipe, "train", recipe.reference.items), *more]
+    spans = [recipe.reference.loss_over, *(task.loss_over for task in recipe.reference.more)]
+    answers = [_reference(recipe, "train", recipe.reference.items), *more]
+    return [(items, tokens, labels if span == "answer" else tokens) for (items, tokens, labels), span in zip(answers, spans, strict=True)]
 
 
 def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str) -> dict[str, float]:
@@ -137,11 +139,11 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     per_stage = decoder_training(shape, rows, tokens=config.steps_per_stage * config.tokens_per_step, length=length)
     chosen = [stage for stage in range(config.stages) if needs_scores(method, stage)]
     candidates = sum(block_sizes(recipe)[stage] for stage in chosen)
-    probed = [stage for stage in chosen if needs_influences(method, stage)]
+    probed = [stage for stage in chosen if needs_influences(recipe, method, stage)]
     fit = score = 0.0
     if probed:
         parts = {"ngram": [_ngram_flops], "encoder": [_encoder_flops], "cascade": [_ngram_flops, _encoder_flops]}[recipe.fit.model]
-        fit, score = (sum(column) for column in zip(*(part(recipe, candidates) for part in parts), strict=True))
+        fit, score = (sum(column) for column in zip(*(part(recipe, candidates, probed) for part in parts), strict=True))
         tasks = len(label_weights(recipe)) if "relevance" in recipe.fit.features else 0
         score += 2.0 * candidates * (("difficulty" in recipe.fit.features) * (length - 1) + tasks * (2 * length - 1))
     elif method in OF_CHECKPOINT:
@@ -159,20 +161,24 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     }
 
 
-def _encoder_flops(recipe: Recipe, candidates: int) -> tuple[float, float]:
+def _encoder_flops(recipe: Recipe, candidates: int, probed: list[int]) -> tuple[float, float]:
     """Of fitting an encoder once, and of scoring so many samples with it; what a cascade drops is only known when it is fitted."""
     fit = recipe.fit
     read = min(recipe.pretrain.sequence_length, fit.chunk_tokens * fit.max_chunks)
     encoder, chunk = encoder_shape(fit), min(read, fit.chunk_tokens)
-    passes = fit.epochs * (3 * (1 - fit.test_share - fit.validation_share) + fit.validation_share) + 1
-    return encoder.forward(tokens=passes * recipe.probe.samples * read, length=chunk), encoder.forward(
-        tokens=candidates * read, length=chunk
-    )
+    samples = fit.epochs * (3 * _train_labels(recipe, probed) + fit.validation_share * recipe.probe.samples) + recipe.probe.samples
+    return encoder.forward(tokens=samples * read, length=chunk), encoder.forward(tokens=candidates * read, length=chunk)
 
 
-def _ngram_flops(recipe: Recipe, candidates: int) -> tuple[float, float]:
-    length, train_share = recipe.pretrain.sequence_length, 1 - recipe.fit.test_share - recipe.fit.validation_share
-    return ridge_flops(int(train_share * recipe.probe.samples), length), ngram_flops(candidates, length)
+def _ngram_flops(recipe: Recipe, candidates: int, probed: list[int]) -> tuple[float, float]:
+    length = recipe.pretrain.sequence_length
+    return ridge_flops(round(_train_labels(recipe, probed)), length), ngram_flops(candidates, length)
+
+
+def _train_labels(recipe: Recipe, probed: list[int]) -> float:
+    """Labels that one fit trains on, those of earlier probes among them; the mean over the stages that are probed for."""
+    earlier = [min(recipe.fit.earlier_labels, len(earlier_models(recipe, stage))) for stage in probed]
+    return (1 - recipe.fit.test_share - recipe.fit.validation_share) * recipe.probe.samples * (1 + sum(earlier) / len(earlier))
 
 
 def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int) -> dict[str, float]:

@@ -11,6 +11,8 @@ from mates.engine.pretrain.vigilance import STOPPED, StopRequestedError
 from mates.launchers import verbs
 
 Handler = Callable[[list[str]], int]
+BAD_PATHS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+"""Errors of the system that another attempt would meet again; those of a disk or a network may pass."""
 
 
 def usage() -> str:
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         print(f"mates {name}: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, BAD_PATHS) else 1
     except KeyboardInterrupt:
         print(f"\nmates {name}: interrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130

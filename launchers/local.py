@@ -1,4 +1,4 @@
-"""Starting the ranks of a step on this machine: through the deepspeed launcher, or as plain processes."""
+"""Starting the ranks of a step on this machine: through the deepspeed launcher, as plain processes, or by any launcher's command."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
 
-from mates.engine.distributed import PARENT, PROMISED_WORLD_SIZE, free_port, process_identity
+from mates.engine.distributed import PARENT, process_identity
 from mates.engine.pretrain.vigilance import STOP_SIGNALS, StopRequestedError
+from mates.engine.ranks import PROMISED_WORLD_SIZE, free_port
 
 
 class StopForwarding:
@@ -44,6 +46,8 @@ class StopForwarding:
 
 
 STOPPING = StopForwarding()
+RANK_VARIABLES = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
+"""Which of them a process has only where it is a rank."""
 
 
 class StepFailedError(RuntimeError):
@@ -59,9 +63,9 @@ def console_script(name: str) -> str:
     return found
 
 
-def step_environment(processes: int) -> dict[str, str]:
-    """Environment of a step's processes."""
-    identity = process_identity(os.getpid())
+def step_environment(processes: int, *, follows: bool = True) -> dict[str, str]:
+    """Environment of a step's processes; ``follows``: they are on this machine and end when this process is gone."""
+    identity = process_identity(os.getpid()) if follows else None
     environment = dict(os.environ) | {
         PROMISED_WORLD_SIZE: str(processes),
         "PYTHONSAFEPATH": "1",  # our kernels/ folder must not stand in for Hugging Face's package of that name
@@ -108,6 +112,26 @@ def run_plain(command: Sequence[str], processes: int) -> None:
     _wait(ranks)
 
 
+def run_command(
+    command: Sequence[str], environment: Mapping[str, str], ask: Callable[[], None] | None = None, *, handles_stops: bool = False
+) -> None:
+    """Run a launcher's command and wait for it.
+
+    Args:
+        command, environment: of the launcher.
+        ask: hands a request to stop to ranks on other machines.
+        handles_stops: the command itself hands SIGUSR2 on to its ranks.
+
+    Raises:
+        StepFailedError: it fails. StopRequestedError: it has ended since somebody asked.
+    """
+    if not handles_stops:
+        _wait([_start(command, environment)], ask)
+        return
+    started = subprocess.Popen(list(command), env=dict(environment))
+    _wait([started], partial(started.send_signal, signal.SIGUSR2))
+
+
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # launchers between this process and the ranks would die of a signal that is sent to the whole process group
     return subprocess.Popen(list(command), env=dict(environment), preexec_fn=_ignore_stops)
@@ -117,39 +141,46 @@ def _ignore_stops() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], ask: Callable[[], None] | None = None) -> None:
     """Wait for all; when one fails, or this process is interrupted, end the others.
 
     Raises:
-        StepFailedError: one failed. StopRequestedError: all have ended since somebody asked.
+        StepFailedError: one failed. StopRequestedError: they have ended before their work, since somebody asked.
     """
     STOPPING.is_waiting = True
     last_asked = -math.inf
+    is_done = True
     try:
         running = list(ranks)
         while running:
             if STOPPING.is_asked and time.monotonic() - last_asked >= 1:  # again, for a rank that was only starting
                 last_asked = time.monotonic()
                 _ask_ranks()
+                if ask is not None:
+                    ask()
             for rank in list(running):
                 code = rank.poll()
                 if code is None:
                     continue
                 running.remove(rank)
+                is_done &= code == 0
                 if code != 0 and not STOPPING.is_asked:
                     raise StepFailedError(_describe(rank, code))
             time.sleep(0.05)
     finally:
         STOPPING.is_waiting = False
         _end(ranks)
+    if is_done:  # asked too late: the step is whole, and the next one is not begun
+        return
     STOPPING.stop()
 
 
 def _ask_ranks() -> None:
-    """SIGUSR2 to all ranks below this process."""
+    """SIGUSR2 to all ranks below this process; not to what ranks have started, which has their variables too."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "RANK" in process.environ():
+            parent = process.parent()
+            if RANK_VARIABLES & process.environ().keys() and not (parent and RANK_VARIABLES & parent.environ().keys()):
                 process.send_signal(signal.SIGUSR2)
 
 

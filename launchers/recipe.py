@@ -11,6 +11,7 @@ import jsonargparse
 import yaml
 
 from mates.engine.config import Recipe, RecipeError, section_names
+from mates.preprocess.artifact import atomic_file
 
 
 def recipe_parser(verb: str, description: str) -> jsonargparse.ArgumentParser:
@@ -37,6 +38,13 @@ def with_recipe_option(arguments: list[str]) -> list[str]:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, in the order of its fields."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def write_recipe(path: Path, recipe: Recipe) -> None:
+    """Write a recipe as YAML, which :func:`load_recipe` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as handle:
+        handle.write(dump_recipe(recipe).encode())
 
 
 def load_recipe(path: Path) -> Recipe:

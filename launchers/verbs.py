@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
+import shutil
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import jsonargparse
 
-from mates.engine.config import INFLUENCE_METHODS, SAMPLE, Recipe, RecipeError, require, require_packages
-from mates.engine.pretrain.vigilance import STOPPED, BadStepError, StopRequestedError, StopSignals
-from mates.launchers.recipe import dump_recipe, parse_with, recipe_parser
+from mates.engine.config import EVALUATION_TASKS, SAMPLE, Recipe, RecipeError, require, require_packages
+from mates.engine.pretrain.vigilance import BAD_STEP, STOP_SIGNALS, STOPPED, BadStepError, StopRequestedError, StopSignals
+from mates.engine.ranks import LaunchError, find_place
+from mates.launchers.recipe import load_recipe, parse_with, recipe_parser, write_recipe
 from mates.preprocess.artifact import DiskFullError
+
+if TYPE_CHECKING:
+    from mates.engine.distributed import World
 
 INFLUENCE_VERBS = ("probe", "fit")
 """Verbs of methods that choose by influence."""
 SCORING_VERBS = (*INFLUENCE_VERBS, "score")
 """Verbs of stages after the first."""
+LOOK_SECONDS = 2
+"""A rank that fails since another has died outlives it by more than a launcher takes to look: the first one's exit code says why."""
 RUN_LOCK = ".run.lock"
 RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
@@ -40,8 +50,8 @@ class Verb:
 def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that a user needs."""
     from mates.engine.data.blocks import CorpusTooSmallError
-    from mates.engine.distributed import LaunchError
     from mates.launchers.local import StepFailedError
+    from mates.launchers.slurm import SlurmError
     from mates.preprocess.artifact import ArtifactError
     from mates.preprocess.corpus import CorpusError
     from mates.preprocess.inputs import InputError
@@ -55,6 +65,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         TokenizerError,
         CorpusTooSmallError,
         StepFailedError,
+        SlurmError,
         LaunchError,
         RunBusyError,
         CorpusError,
@@ -167,31 +178,85 @@ def _stage_parser(name: str, summary: str) -> jsonargparse.ArgumentParser:
 def _stage_verb(name: str, summary: str) -> Verb:
     def run(arguments: list[str]) -> int:
         recipe, extra = parse_with(_stage_parser(name, summary), arguments)
-        method, stage = chosen_stage(recipe, name, extra["method"], extra["stage"])
-        if name == "select" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            stage_step(name, recipe, method, stage)
-            return 0
-        signals, is_first, code = StopSignals(at_once=name != "pretrain"), os.environ.get("RANK", "0") == "0", 0
-        try:
-            stage_step(name, recipe, method, stage, signals)
-        except StopRequestedError as stop:
-            code = STOPPED
-            if is_first:
-                print(stop)
-        except BadStepError as error:
-            code = 1
-            if is_first:  # the others know no more
-                print(f"mates {name}: {error}", file=sys.stderr)
-        # All is on disk. Interpreter shutdown beside the libraries' own threads was seen to abort a finished rank; skip it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return _run_stage(name, recipe, extra)
 
     return Verb(summary, run)
 
 
+def _run_stage(name: str, recipe: Recipe, extra: dict[str, Any]) -> int:
+    """One step of a stage from the verb's own options. Ends the process with the step's exit code."""
+    method, stage = chosen_stage(recipe, name, extra["method"], extra["stage"])
+    if _selects_alone(name):
+        stage_step(name, recipe, method, stage)
+        return 0
+    signals, is_first, code = StopSignals(at_once=name != "pretrain"), find_place().rank == 0, 0
+    try:
+        stage_step(name, recipe, method, stage, signals)
+    except StopRequestedError as stop:
+        code = STOPPED
+        if is_first:
+            print(stop)
+    except BadStepError as error:
+        code = BAD_STEP
+        if is_first:  # the others know no more
+            print(f"mates {name}: {error}", file=sys.stderr)
+    except Exception as error:
+        if isinstance(error, (RecipeError, OSError, *user_errors())):  # they are told in a line
+            raise
+        code = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(LOOK_SECONDS)
+    # All is on disk, or lost. Interpreter shutdown beside the libraries' own threads was seen to abort a finished rank, and to take
+    # seconds in which the others wait for one that failed; skip it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    """A stage of a run, or with ``--export`` a Hugging Face folder, for which no run is needed."""
+    parser = _stage_parser("evaluate", VERBS["evaluate"].summary)
+    parser.add_argument(
+        "--export",
+        type=str | None,
+        default=None,
+        help="A Hugging Face folder: its evaluate.tasks are measured, and no run is needed.",
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="With --export: a JSON file for the results.")
+    recipe, extra = parse_with(parser, arguments)
+    if extra["export"] is None:
+        require(extra["out"] is None, "--out", extra["out"], "--export beside it; a stage's results go into its evaluation")
+        return _run_stage("evaluate", recipe, extra)
+    folder, tasks = Path(extra["export"]), recipe.evaluate.tasks
+    require((folder / "config.json").is_file(), "--export", extra["export"], "a Hugging Face folder with a config.json")
+    require(len(tasks) > 0, "evaluate.tasks", tasks, f"at least one of {', '.join(EVALUATION_TASKS)}")
+    require_packages(recipe)
+    from mates.engine import distributed
+    from mates.engine.evaluate.task_data import find_files
+    from mates.engine.evaluate.zero_shot import evaluate_tasks, table
+    from mates.preprocess.artifact import write_json
+
+    for name in tasks:
+        find_files(name, Path(recipe.evaluate.task_data or ""))
+    world = distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
+    try:
+        results = evaluate_tasks(folder, world, recipe.evaluate, recipe.corpus.split_seed)
+    finally:
+        distributed.leave()
+    if world.first:
+        print("\n".join(table(results.found)))
+        if extra["out"] is not None:
+            write_json(Path(extra["out"]), results.found | {"model": str(folder), "cost": asdict(results.cost)})
+    return 0
+
+
 def chosen_stage(recipe: Recipe, verb: str, method: str | None, stage: int) -> tuple[str, int]:
     """The method and stage that are meant. RecipeError for what the recipe does not have."""
+    from mates.engine.config import INFLUENCE_METHODS
+    from mates.engine.select.methods import needs_influences
+
     stages = list(range(1 if verb in SCORING_VERBS else 0, recipe.pretrain.stages))
     require(stage in stages, "--stage", stage, f"one of {stages} for {verb}")
     if stage == 0:
@@ -199,11 +264,14 @@ def chosen_stage(recipe: Recipe, verb: str, method: str | None, stage: int) -> t
         return "shared", 0
     known, why = list(recipe.methods), ""
     if verb in INFLUENCE_VERBS:
-        known, why = [name for name in known if name in INFLUENCE_METHODS], " that choose by influence"
+        every, choose = recipe.probe.every, [name for name in known if name in INFLUENCE_METHODS]
+        known, why = [name for name in known if needs_influences(recipe, name, stage)], " that choose by influence"
+        probed = [other for other in stages if any(needs_influences(recipe, name, other) for name in choose)]
+        require(bool(known) or not choose, "--stage", stage, f"a stage with labels of its own: one of {probed} (probe.every is {every})")
     elif verb == "score":
         known, why = [name for name in known if name != "random"], " that choose by scores"
     if method in recipe.methods:
-        why += f" ({method} needs no {verb})"
+        why += f" ({method} needs no {verb} at stage {stage})"
     if method is None and len(known) == 1:
         return known[0], stage
     hint = "; how influences are measured is --probe.method" if verb == "probe" else ""
@@ -217,23 +285,41 @@ def stage_step(name: str, recipe: Recipe, method: str, stage: int, signals: Stop
     from mates.engine.loop import Step, check_needed
 
     step = Step(name, method, stage)
-    if name == "select" and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # no process group for what takes seconds
+    if _selects_alone(name):
         from mates.engine.select.stage import select_stage
 
         check_needed(recipe, step)
         select_stage(recipe, method, stage)
         return
+    with joined(recipe) as world:
+        ranks_step(world, name, recipe, method, stage, signals)
+
+
+@contextmanager
+def joined(recipe: Recipe) -> Iterator[World]:
+    """This process among the ranks of a run's steps, of one or of several that follow each other: DeepSpeed cannot meet twice."""
     from mates.engine import distributed
     from mates.preprocess.workers import hold_worker_lock
 
     lock = hold_worker_lock(recipe.path())
-    world = distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
     try:
-        world.same(lambda: check_needed(recipe, step))
-        _stage_work(name, signals)(recipe, world, method, stage)
+        yield distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
     finally:
         distributed.leave()
         lock.close()
+
+
+def ranks_step(world: World, name: str, recipe: Recipe, method: str, stage: int, signals: StopSignals | None = None) -> None:
+    """Run one step of a stage as a rank of ``world``."""
+    from mates.engine.loop import Step, check_needed
+
+    world.same(lambda: check_needed(recipe, Step(name, method, stage)))
+    _stage_work(name, signals)(recipe, world, method, stage)
+
+
+def _selects_alone(name: str) -> bool:
+    """Whether a step is a selection by one process, which needs no process group for what takes seconds."""
+    return name == "select" and find_place().size == 1
 
 
 def _stage_work(name: str, signals: StopSignals | None) -> Callable[..., Any]:
@@ -271,9 +357,179 @@ def _stage_work(name: str, signals: StopSignals | None) -> Callable[..., Any]:
 def _run(arguments: list[str]) -> int:
     from mates.launchers.local import STOPPING
 
-    recipe, _ = parse_with(recipe_parser("run", VERBS["run"].summary), arguments)
+    parser = recipe_parser("run", VERBS["run"].summary)
+    parser.add_argument("--on", type=Literal["local", "slurm"], default="local", help="This machine, or a chain of jobs under SLURM.")
+    parser.add_argument("--wait", action="store_true", help="With --on slurm: stay until the last job has ended.")
+    parser.add_argument("--dry-run", action="store_true", help="With --on slurm: print the jobs' scripts and submit nothing.")
+    recipe, extra = parse_with(parser, arguments)
+    if extra["on"] == "slurm":
+        run_on_slurm(recipe, waits=extra["wait"], dry_run=extra["dry_run"])
+        return 0
+    for name in ("wait", "dry_run"):
+        require(not extra[name], f"--{name.replace('_', '-')}", True, "--on slurm beside it; `mates plan` tells what a run will take")
+    require(recipe.launch.nodes == 1, "launch.nodes", recipe.launch.nodes, "1 on this machine; `mates run --on slurm` uses several")
     STOPPING.listen()
     run_recipe(recipe)
+    return 0
+
+
+def run_on_slurm(recipe: Recipe, *, waits: bool, dry_run: bool) -> None:
+    """Submit the steps of a recipe that are not done as jobs that depend on each other.
+
+    Raises:
+        RunBusyError: a run or jobs of it work in the folder already. SlurmError: SLURM refuses a job, or with ``waits`` a step failed.
+    """
+    from mates.engine.layout import layout_of
+    from mates.engine.loop import Step
+    from mates.engine.progress import say
+    from mates.launchers.jobs import job_script, jobs_folder, resources_of
+    from mates.launchers.slurm import chain, follow, is_done, steps_of, submit_chain
+
+    check_paths(recipe)
+    for verb in ("pretrain", "evaluate"):  # the recipe's own checks of batches, with the ranks that the jobs will have
+        asked = resources_of(recipe, Step(verb, "shared", 0))
+        replace(recipe, launch=replace(recipe.launch, processes=asked.ranks, nodes=asked.nodes))
+    path, said = recipe.path() / ATTEMPT_FILE, recipe.path() / RECIPE_FILE
+    made, kept = shlex.quote(str(path.absolute())), shlex.quote(str(said.absolute()))
+    then = f"cp {made} {kept}.new && mv -f {kept}.new {kept}"  # both stay: a job that goes back to the queue finds its recipe
+    if dry_run:
+        for job in chain(recipe, path):
+            print(f"# --- {job.name}.sh\n{job_script(job, then=then if job.step.verb == 'report' else ':')}")
+        return
+    with run_lock(recipe.path()):
+        write_recipe(path, recipe)
+        if not said.exists():
+            write_recipe(said, recipe)
+        for step in steps_of(recipe):
+            if step.method is None and is_done(recipe, step):
+                data_step(step.verb, recipe)  # takes seconds; refuses data of other settings
+        jobs = submit_chain(recipe, path, then)
+    if not jobs:
+        say(f"run: all steps are done; open {layout_of(recipe).report}")
+        return
+    say(f"run: jobs {jobs[0].job} to {jobs[-1].job} submitted, {len(jobs)} in all; scripts and logs are in {jobs_folder(recipe.path())}")
+    say(f"`mates status {recipe.path()}` tells what has become of them, `mates cancel {recipe.path()}` ends them")
+    if waits:
+        follow(recipe)
+        say(f"run: done; open {layout_of(recipe).report}")
+
+
+LAUNCH_HELP = """usage: {usage}
+
+{summary}.
+
+modes:
+  local       this machine, as `mates run` does
+  deepspeed   machines reached by ssh, through the deepspeed launcher and pdsh
+  slurm       a job; inside an allocation at once
+  mpi         mpirun of MPICH or Open MPI
+
+verbs: {verbs}
+
+options, beside those of the verb (`mates launch slurm pretrain --help` lists all):
+  --nodes N                 machines
+  --gpus-per-node G         ranks on each machine, each with a GPU
+  --processes-per-node P    ranks on each machine, without asking for GPUs
+  --hostfile FILE           deepspeed, mpi: the machines, a line for each (`name slots=8`)
+  --launcher NAME           slurm: srun, torchrun or deepspeed; deepspeed: pdsh and others
+  --wait                    slurm: stay until the job has ended
+  --dry-run                 print the script or command, and start nothing"""
+
+
+def _launch(arguments: list[str]) -> int:
+    from mates.engine.config import SLURM_VERBS, SlurmLauncher
+    from mates.engine.loop import STAGE_VERBS, Step
+    from mates.launchers import launch
+    from mates.launchers.local import STOPPING
+
+    usage = "mates launch {local,deepspeed,slurm,mpi} VERB RECIPE [--nodes N] [--gpus-per-node G] [--dry-run] [options of the verb]"
+    if len(arguments) < 2 or arguments[0] not in launch.MODES or arguments[1] not in SLURM_VERBS:
+        if "-h" in arguments or "--help" in arguments:
+            print(LAUNCH_HELP.format(usage=usage, summary=VERBS["launch"].summary, verbs=", ".join(SLURM_VERBS)))
+            return 0
+        raise RecipeError(f"usage: {usage}; verbs: {', '.join(SLURM_VERBS)}")
+    mode, verb = arguments[:2]
+    parser = _stage_parser(verb, VERBS[verb].summary) if verb in STAGE_VERBS else recipe_parser(verb, VERBS[verb].summary)
+    parser.usage = usage
+    parser.add_argument("--nodes", type=int | None, default=None, help="Machines; by default as many as the recipe says.")
+    parser.add_argument("--gpus-per-node", type=int | None, default=None, help="Ranks on each machine, each with a GPU.")
+    parser.add_argument("--processes-per-node", type=int | None, default=None, help="Ranks on each machine, without asking for GPUs.")
+    parser.add_argument("--hostfile", type=str | None, default=None, help="deepspeed, mpi: the machines, a line for each (`name slots=8`).")
+    parser.add_argument("--launcher", type=str | None, default=None, help="slurm: srun, torchrun or deepspeed; deepspeed: pdsh and others.")
+    parser.add_argument("--dry-run", action="store_true", help="Print the exact script or command, and start nothing.")
+    parser.add_argument("--wait", action="store_true", help="slurm: stay until the job has ended.")
+    recipe, extra = parse_with(parser, arguments[2:])
+    method, stage = None, None
+    if verb in STAGE_VERBS:
+        method, stage = chosen_stage(recipe, verb, extra["method"], extra["stage"])
+    step = Step(verb, method, stage)
+    recipe = launch.with_ranks(recipe, step, extra["nodes"], extra["gpus_per_node"], extra["processes_per_node"])
+    if mode == "slurm":
+        known = get_args(SlurmLauncher)
+        require(extra["launcher"] in (None, *known), "--launcher", extra["launcher"], f"one of {', '.join(known)}")
+    STOPPING.listen()
+    launch.start(
+        cast(launch.Mode, mode),
+        recipe,
+        step,
+        launch.Options(**{name: extra[name] for name in ("nodes", "hostfile", "launcher", "dry_run", "wait")}),
+    )
+    return 0
+
+
+def _forward(arguments: list[str]) -> int:
+    from mates.launchers.local import STOPPING, run_command
+
+    require(len(arguments) > 1 and arguments[0] == "--", "mates forward", " ".join(arguments), "`-- COMMAND ...`")
+    STOPPING.listen()
+    run_command(arguments[1:], os.environ)
+    return 0
+
+
+def _of_run(name: str, arguments: list[str]) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe of a run that is named by its folder or its recipe's file."""
+    parser = argparse.ArgumentParser(prog=f"mates {name}", description=VERBS[name].summary)
+    parser.add_argument("run", type=Path, help="a run's folder, or a recipe file")
+    if name == "status":
+        parser.add_argument("--json", action="store_true", help="print JSON, a list of steps")
+    given = parser.parse_args(arguments)
+    path: Path = given.run
+    if not path.is_dir():
+        return load_recipe(path), given
+    launched = sorted(path.glob("launch/*.yaml"), key=lambda file: -file.stat().st_mtime)
+    found = [file for file in (path / ATTEMPT_FILE, path / RECIPE_FILE, *launched) if file.exists()]
+    require(bool(found), "RUN", str(path), f"the folder of a run, in which there is a {RECIPE_FILE}")
+    recipe, folder = load_recipe(found[0]), path.absolute()
+    below = len(recipe.path().parts)
+    if not recipe.path().is_absolute() and folder.parts[-below:] == recipe.path().parts:
+        os.chdir(folder.parents[below - 1])  # the recipe's paths are relative to where the run was begun
+    elif recipe.path().resolve() != folder.resolve():  # moved, or copied: another run's jobs are not its own
+        recipe = replace(recipe, run_dir=str(folder))
+    return recipe, given
+
+
+def _status(arguments: list[str]) -> int:
+    from mates.launchers.slurm import status
+
+    recipe, given = _of_run("status", arguments)
+    states = status(recipe)
+    if given.json:
+        print(json.dumps([asdict(state) for state in states], indent=2))
+    else:
+        for state in states:
+            print("\n".join(state.lines()))
+    return 0
+
+
+def _cancel(arguments: list[str]) -> int:
+    from mates.launchers.slurm import cancel
+
+    recipe, _ = _of_run("cancel", arguments)
+    jobs = cancel(recipe.path())
+    for job in jobs:
+        print(f"cancelled {job.name} ({job.job})")
+    goes_on = f"jobs cancelled: {len(jobs)}; `mates run --on slurm` goes on from what is saved"
+    print(goes_on if jobs else "no jobs of this run are in the queue")
     return 0
 
 
@@ -285,9 +541,11 @@ def run_recipe(recipe: Recipe) -> None:
     """
     from mates.engine.evaluate.report import write_report
     from mates.engine.layout import layout_of
-    from mates.engine.loop import DISTRIBUTED_VERBS, run_steps, step_request
+    from mates.engine.loop import DISTRIBUTED_VERBS, check_needed, run_steps, step_request
     from mates.engine.progress import say
-    from mates.launchers.local import console_script, run_plain, run_with_deepspeed
+    from mates.engine.select.stage import select_stage
+    from mates.launchers.jobs import step_arguments
+    from mates.launchers.local import STOPPING, console_script, run_plain, run_with_deepspeed
 
     check_paths(recipe)
     with run_lock(recipe.path()):
@@ -304,37 +562,23 @@ def run_recipe(recipe: Recipe) -> None:
                 if step.verb == "preprocess":
                     check_sizes(recipe)
             elif step.verb == "select":
-                stage_step("select", recipe, step.method, step.stage)
+                check_needed(recipe, step)
+                select_stage(recipe, step.method, step.stage)
             elif not step_request(recipe, step).find():
-                command = [
-                    console_script("mates"),
-                    step.verb,
-                    "--recipe",
-                    str(path),
-                    "--method",
-                    step.method,
-                    "--stage",
-                    str(step.stage),
-                ]
+                command = [console_script("mates"), *step_arguments(step, path)]
                 processes = recipe.launch.processes if step.verb in DISTRIBUTED_VERBS else 1
                 if step.verb == "pretrain":
                     run_with_deepspeed(command, processes)
                 else:
                     run_plain(command, processes)
+            STOPPING.stop()
         path.replace(said)
         say(f"run: done in {time.perf_counter() - started:.0f} s; open {layout_of(recipe).report}")
 
 
-def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Write a recipe as YAML."""
-    from mates.preprocess.artifact import atomic_file
-
-    with atomic_file(path) as handle:
-        handle.write(dump_recipe(recipe).encode())
-
-
 def check_paths(recipe: Recipe) -> None:
     """Refuse files that are not there before the hours of work that come before their use."""
+    from mates.engine.evaluate.task_data import find_files
     from mates.engine.flops import shape_of
     from mates.engine.layout import union_layouts
     from mates.preprocess.artifact import MANIFEST_NAME, read_json
@@ -357,6 +601,8 @@ def check_paths(recipe: Recipe) -> None:
         load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document, recipe.corpus.special_token_text)
     if recipe.corpus.scorer_tokenizer is not None:
         load_encoder_tokenizer(Path(recipe.corpus.scorer_tokenizer))
+    for name in recipe.evaluate.tasks:
+        find_files(name, Path(recipe.evaluate.task_data or ""))
     if "ratings" in recipe.methods:
         ratings = recipe.baselines.ratings
         require(ratings is not None and Path(ratings).is_file(), "baselines.ratings", ratings, "a file that is there")
@@ -414,6 +660,7 @@ def check_model(recipe: Recipe) -> None:
 
 def check_sizes(recipe: Recipe) -> None:
     """Refuse corpora that are too small for a later step of the recipe, as soon as their sizes are known."""
+    from mates.engine.baselines.scorers import cluster_count
     from mates.engine.data.blocks import block_sizes, make_blocks
     from mates.engine.data.corpus import open_corpus
     from mates.engine.influence.features import unprobed_samples
@@ -426,14 +673,12 @@ def check_sizes(recipe: Recipe) -> None:
     train, pool = (open_corpus(layout_of(recipe).corpus(split), length) for split in ("train", "pool"))
     make_blocks(recipe, train.samples)
     for stage in range(recipe.pretrain.stages):
-        if any(needs_influences(method, stage) for method in recipe.methods):
+        if any(needs_influences(recipe, method, stage) for method in recipe.methods):
             check_parts(split_labels(probed_samples(recipe, pool.samples, stage), recipe.fit, recipe.seed))
             if recipe.fit.features:
                 unprobed_samples(recipe, pool, stage)
-    clusters = recipe.baselines.semdedup_clusters
-    if "semdedup" in recipe.methods and clusters is not None and recipe.pretrain.stages > 1:
-        count = block_sizes(recipe)[1]
-        require(clusters <= count, "baselines.semdedup_clusters", clusters, f"at most the {count} candidates of a stage")
+    if "semdedup" in recipe.methods and recipe.pretrain.stages > 1:
+        cluster_count(recipe, block_sizes(recipe)[1])
     if "ratings" in recipe.methods and recipe.baselines.ratings is not None:
         from mates.engine.baselines.ratings import read_ratings
 
@@ -445,14 +690,29 @@ def check_sizes(recipe: Recipe) -> None:
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder: one ``mates run`` at a time, and none while processes of an earlier one are still ending."""
-    from mates.preprocess.workers import WORKERS_LOCK, try_lock
+def hold_run(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder: one ``mates run`` or launch at a time. RunBusyError where there is another."""
+    from mates.preprocess.workers import try_lock
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / RUN_LOCK).open("ab") as own:
         if not try_lock(own, 0):
             raise RunBusyError(f"{run_dir}: another `mates run` is working here; wait for it, or choose another run_dir")
+        yield
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """The same, and neither jobs of the run are in a queue nor processes of an earlier one still ending."""
+    from mates.launchers.slurm import alive_jobs
+    from mates.preprocess.workers import WORKERS_LOCK, try_lock
+
+    with hold_run(run_dir):
+        if shutil.which("squeue") and (alive := alive_jobs(run_dir)):
+            raise RunBusyError(
+                f"{run_dir}: {len(alive)} jobs of it are in SLURM's queue, the first is {alive[0].name} ({alive[0].job}); "
+                f"see `mates status {run_dir}`, or `mates cancel {run_dir}` first"
+            )
         with (run_dir / WORKERS_LOCK).open("ab") as workers:
             if not try_lock(workers, 60):
                 raise RunBusyError(f"{run_dir}: processes of an earlier run are still working here; end them first")
@@ -524,7 +784,10 @@ def _inspect(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Verb] = {
-    "run": Verb("run all steps of a recipe; finished ones are skipped, interrupted ones continued", _run),
+    "run": Verb("run all steps of a recipe, here or under SLURM; finished ones are skipped, interrupted ones continued", _run),
+    "launch": Verb("start one step over several ranks: on this machine, by deepspeed, SLURM or MPI", _launch),
+    "status": Verb("tell which steps of a run are done, running, waiting or failed, and why", _status),
+    "cancel": Verb("end all jobs of a run under SLURM", _cancel),
     "plan": Verb("say what a run will take, before anything runs: tokens, FLOPs, hours, disk, memory", _plan),
     "sample-corpus": Verb("write the embedded corpus of real English and its reference task", _sample_corpus),
     "tokenizer": _data_verb("tokenizer", "take or train the tokenizer"),
@@ -535,7 +798,8 @@ VERBS: dict[str, Verb] = {
     "fit": _stage_verb("fit", "fit the influence model of a stage to its oracle influences"),
     "score": _stage_verb("score", "score a stage's candidates with its influence model"),
     "select": _stage_verb("select", "choose a stage's data from its candidates"),
-    "evaluate": _stage_verb("evaluate", "measure a stage's checkpoint after a decay branch"),
+    "evaluate": Verb("measure a stage's checkpoint after a decay branch, or the zero-shot tasks of a Hugging Face folder", _evaluate),
     "report": Verb("write the ledger and report.html of a run", _report),
     "inspect": Verb("explain any artifact and verify every byte of it", _inspect),
+    "forward": Verb("run another launcher's command on one node and pass stop signals on to its ranks (for job scripts)", _forward),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
@@ -189,9 +190,11 @@ def _end_of_lines(handle: io.FileIO) -> int:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line, wholly or not at all: where the disk is full nothing of it stays, and a part of a line that a killed process left is
-    cut off first. DiskFullError says how much is missing."""
+    cut off first. Several processes may append at the same time. DiskFullError says how much is missing."""
     data = f"{line}\n".encode()
     with path.open("ab+", buffering=0) as handle:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         size = _end_of_lines(handle)
         handle.truncate(size)
         done = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from mates.engine.layout import layout_of
 from mates.engine.loop import STAGE_VERBS, Step, run_steps, step_request
 from mates.engine.pretrain.checkpoint import LOSSES
 from mates.engine.probe.stage import LABELS_FILE, influence_column, probed_samples
+from mates.engine.select.methods import model_stage
 from mates.engine.select.stage import select_stage
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Cost, Request
@@ -98,6 +100,16 @@ def build_data(recipe: Recipe) -> None:
     """Tokenizer, corpora and reference."""
     for step in (steps.tokenizer_step, steps.preprocess_step, steps.reference_step):
         step(recipe)
+
+
+def build_shared(recipe: Recipe, methods: Sequence[str] = (), verbs: Sequence[str] = ()) -> None:
+    """The data, stage 0, and steps of stage 1 of methods."""
+    build_data(recipe)
+    for verb in ("select", "pretrain", "evaluate"):
+        build_step(recipe, Step(verb, "shared", 0))
+    for method in methods:
+        for verb in verbs:
+            build_step(recipe, Step(verb, method, 1))
 
 
 def build_step(recipe: Recipe, step: Step) -> None:
@@ -194,6 +206,6 @@ def _score(recipe: Recipe, request: Request, method: str, stage: int) -> dict[st
     low, high = request.settings["candidates"]
     scores = np.random.default_rng(200 + stage).normal(0, 0.7, (high - low, 1)).astype(np.float32)
     np.save(request.directory / shard_name(0), scores)
-    covariance = artifact.load(layout_of(recipe).influence_model(method, stage)).info["label_covariance_nats2"]
+    covariance = artifact.load(layout_of(recipe).influence_model(method, model_stage(recipe, method, stage))).info["label_covariance_nats2"]
     about = {"references": [REFERENCE], "model": "encoder", "label_covariance_nats2": covariance}
     return about | {"samples": high - low, "dropped": 0, "mean_sd": scores.mean(0).tolist()}

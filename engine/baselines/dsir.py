@@ -37,7 +37,7 @@ class Dsir:
         Raises:
             ValueError: no tokens in one of them.
         """
-        return cls(_log_shares(target, "target") - _log_shares(raw, "raw text"))
+        return cls(log_shares(target, "target") - log_shares(raw, "raw text"))
 
     @classmethod
     def from_array(cls, tables: npt.NDArray[np.generic]) -> Dsir:
@@ -61,7 +61,8 @@ class Dsir:
         return relevance
 
 
-def _log_shares(texts: Iterable[Windows], name: str) -> Floats:
+def log_shares(texts: Iterable[Windows], name: str) -> Floats:
+    """ln(share + 10⁻⁸) of each bucket in texts [10,000]. ValueError, with their name, where they hold no tokens."""
     counts: Integers = np.zeros(NGRAM_BUCKETS, np.int64)
     for text in texts:
         count_buckets(tokens_of(np.atleast_2d(text)), counts)

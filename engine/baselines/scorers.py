@@ -210,12 +210,18 @@ class _Similarities:
         return self.model.forward_flops(samples, length, logit_tokens=0)
 
 
+def cluster_count(recipe: Recipe, candidates: int) -> int:
+    """Clusters that semdedup makes of a stage's candidates. RecipeError where there are fewer candidates."""
+    clusters = recipe.baselines.semdedup_clusters or max(1, round(candidates**0.5))
+    require(clusters <= candidates, "baselines.semdedup_clusters", clusters, f"at most the {candidates} candidates of a stage")
+    return clusters
+
+
 def _semdedup(recipe: Recipe, stage: int, model: _Checkpoint, corpus: Corpus, world: World, directory: Path) -> _Similarities:
     """Embed the candidates in chunks, cluster them, and compare those of a cluster; ranks share chunks and clusters."""
     blocks, size = make_blocks(recipe, corpus.samples), recipe.score.chunk_size
     count = blocks.size(stage)
-    clusters = recipe.baselines.semdedup_clusters or max(1, round(count**0.5))
-    require(clusters <= count, "baselines.semdedup_clusters", clusters, f"at most the {count} candidates of a stage")
+    clusters = cluster_count(recipe, count)
     settings, inputs = baseline_request(recipe, "semdedup", stage)
 
     def make(number: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,11 +68,16 @@ class Corpus:
         if len(self._rows) == 1:
             return self._rows[0][ids]
         result = np.empty((len(ids), self.length + 1), self.dtype)
-        part_of = np.searchsorted(self.starts, ids, side="right") - 1
-        for part in np.unique(part_of):
-            own = part_of == part
-            result[own] = self._rows[part][ids[own] - self.starts[part]]
+        for part, own, numbers in self._by_part(ids):
+            result[own] = self._rows[part][numbers]
         return result
+
+    def _by_part(self, ids: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """For each part that some ids lie in its number, where these ids stand [m], and the samples' numbers in it [m]."""
+        part_of = np.searchsorted(self.starts, ids, side="right") - 1
+        for part in np.unique(part_of).tolist():
+            own = np.flatnonzero(part_of == part)
+            yield part, own, ids[own] - self.starts[part]
 
     @cached_property
     def _rows(self) -> list[npt.NDArray[np.integer[Any]]]:
@@ -113,11 +119,9 @@ class Corpus:
         They are views of the file, without special tokens. IndexError for an id outside the corpus; ArtifactError as :attr:`scorer_hash`.
         """
         self._check(ids)
-        part_of = np.searchsorted(self.starts, ids, side="right") - 1
         result: list[npt.NDArray[np.integer[Any]]] = [np.zeros(0, np.int32)] * len(ids)
-        for part in np.unique(part_of).tolist():
-            own = np.flatnonzero(part_of == part)
-            windows = self._scorers[part].windows((ids[own] - self.starts[part]) * self.length, self.length, limit)
+        for part, own, numbers in self._by_part(ids):
+            windows = self._scorers[part].windows(numbers * self.length, self.length, limit)
             for place, window in zip(own.tolist(), windows, strict=True):
                 result[place] = window
         return result
@@ -147,12 +151,24 @@ class Corpus:
 
     def documents_of(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The same for samples [n] of the corpus: parts [n], by number, and documents [n]."""
-        parts = np.searchsorted(self.starts, ids, side="right") - 1
-        documents = np.empty(len(ids), np.int64)
-        for part in np.unique(parts):
-            own, indexed = parts == part, self.parts[part][1]
-            offsets = (ids[own] - self.starts[part]) * self.length * indexed.tokens.dtype.itemsize
+        parts, documents = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        for part, own, numbers in self._by_part(ids):
+            indexed = self.parts[part][1]
+            offsets = numbers * self.length * indexed.tokens.dtype.itemsize
             sequences = np.searchsorted(indexed.pointers, offsets, side="right") - 1
+            parts[own] = part
+            documents[own] = np.searchsorted(indexed.boundaries, sequences, side="right") - 1
+        return parts, documents
+
+    def documents_of_targets(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """For each token that samples [n] predict the document that it belongs to: parts [n], by number, and documents [n, L]."""
+        self._check(ids)
+        parts, documents = np.empty(len(ids), np.int64), np.empty((len(ids), self.length), np.int64)
+        for part, own, numbers in self._by_part(ids):
+            indexed = self.parts[part][1]
+            places = (numbers * self.length)[:, None] + np.arange(1, self.length + 1)
+            sequences = np.searchsorted(indexed.pointers, places * indexed.tokens.dtype.itemsize, side="right") - 1
+            parts[own] = part
             documents[own] = np.searchsorted(indexed.boundaries, sequences, side="right") - 1
         return parts, documents
 

@@ -16,6 +16,7 @@ from mates.engine.config import Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
+from mates.engine.evaluate.zero_shot import AVERAGED, TASKS_FILE
 from mates.engine.influence.fit import PREDICTIONS_FILE, agreement, findings
 from mates.engine.influence.model import joining
 from mates.engine.influence.score import open_scores
@@ -23,7 +24,7 @@ from mates.engine.layout import SHARED, layout_of
 from mates.engine.ledger import Ledger, cumulative_flops
 from mates.engine.pretrain import checkpoint
 from mates.engine.probe.stage import label_weights, read_labels
-from mates.engine.select.methods import needs_influences
+from mates.engine.select.methods import model_stage, uses_influences
 from mates.preprocess import artifact
 from mates.preprocess.metadata import document_rows
 from mates.preprocess.tokenizer import Tokenizer, open_tokenizer
@@ -36,6 +37,7 @@ Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 SHOWN = 1 << 20
+SHOWN_VALUES = 20  # of a metadata field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,8 @@ class StageView:
 
     method: str
     stage: int
+    chosen_by: int
+    """The stage whose influence model chose: this one, or an earlier one that was probed for."""
     probes: Probes | None
     fit: Fit | None
     selection: Selection | None
@@ -128,6 +132,54 @@ def metrics_of(recipe: Recipe, ledger: Ledger, method: str, stage: int) -> dict[
         return None
     info = artifact.load(layout_of(recipe).evaluation(method, stage), "evaluation").info
     return {name: value for name, value in info.items() if isinstance(value, int | float)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One measure of one zero-shot task: for each method ``value``, ``stderr`` and ``n``, or None where it is not complete."""
+
+    task: str
+    metric: str
+    cells: list[Mapping[str, float] | None]
+
+
+def task_rows(recipe: Recipe, ledger: Ledger) -> list[TaskRow]:
+    """Zero-shot results of every method at its last stage, the means over tasks last; empty where the recipe asks for none."""
+    last, found = recipe.pretrain.stages - 1, list[dict[str, Mapping[str, Any]] | None]()
+    for method in recipe.methods:
+        path = layout_of(recipe).evaluation(arm_of(method, last), last)
+        done = ledger.done("evaluate", arm_of(method, last), last) and bool(recipe.evaluate.tasks)
+        results = artifact.read_json(path / TASKS_FILE) if done else None
+        tasks = {name: task["metrics"] for name, task in results["tasks"].items()} | {"mean": results["mean"]} if results else None
+        found.append(tasks)
+    return [
+        TaskRow(task=task, metric=metric, cells=[None if tasks is None else tasks[task][metric] for tasks in found])
+        for task in [*recipe.evaluate.tasks, "mean"]
+        for metric in AVERAGED
+        if any(tasks is not None and metric in tasks[task] for tasks in found)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldRow:
+    """Held-out loss in nats a token of the documents of one value, by method; None where it is not complete."""
+
+    value: str
+    tokens: int
+    nats: list[float | None]
+
+
+def field_rows(recipe: Recipe, ledger: Ledger) -> list[FieldRow]:
+    """The held-out loss by ``evaluate.by`` at the last stage, of the values with most tokens."""
+    last, found = recipe.pretrain.stages - 1, list[Mapping[str, Any] | None]()
+    for method in recipe.methods:
+        done = ledger.done("evaluate", arm_of(method, last), last) and recipe.evaluate.by is not None
+        info = artifact.load(layout_of(recipe).evaluation(arm_of(method, last), last), "evaluation").info if done else {}
+        found.append(info.get("holdout_by"))
+    tokens: Mapping[str, int] = next((item["tokens"] for item in found if item), {})
+    shown = sorted(tokens, key=lambda value: (-tokens[value], value))[:SHOWN_VALUES]
+    nats = {value: [None if item is None else item["loss_nats"][value] for item in found] for value in shown}
+    return [FieldRow(value=value, tokens=tokens[value], nats=nats[value]) for value in shown]
 
 
 def evaluation_points(recipe: Recipe, ledger: Ledger, method: str) -> list[Point]:
@@ -166,7 +218,7 @@ def stage_views(recipe: Recipe, ledger: Ledger) -> list[StageView]:
     views = []
     for method in recipe.methods:
         for stage in range(1, recipe.pretrain.stages):
-            if needs_influences(method, stage):
+            if uses_influences(method, stage):
                 views.append(_stage_view(recipe, ledger, method, stage))
     return views
 
@@ -176,6 +228,7 @@ def _stage_view(recipe: Recipe, ledger: Ledger, method: str, stage: int) -> Stag
     return StageView(
         method=method,
         stage=stage,
+        chosen_by=model_stage(recipe, method, stage),
         probes=_probes(recipe, method, stage) if done["probe"] else None,
         fit=_fit(recipe, method, stage) if done["fit"] else None,
         selection=_selection(recipe, method, stage) if done["score"] and done["select"] else None,

@@ -21,6 +21,7 @@ from mates.preprocess.artifact import Cost
 from mates.preprocess.corpus import SPLITS
 
 TEMPLATE = "report.html"
+TASK_METRICS = {"acc": "accuracy", "acc_norm": "accuracy by length", "loss_nats": "nats per answer", "bits_per_byte": "bits per byte"}
 SMOOTHED_SHARE = 20  # training losses are averaged over about a twentieth of a stage
 
 
@@ -102,6 +103,10 @@ def render(recipe: Recipe, ledger: Ledger) -> str:
         not_done=NOT_DONE,
         summaries=summaries,
         comparisons=compare(recipe, summaries),
+        tasks=contents.task_rows(recipe, ledger),
+        task_metrics=TASK_METRICS,
+        task_value=show_task_value,
+        fields=contents.field_rows(recipe, ledger),
         settings=recipe_rows(recipe, ledger),
         yaml=yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True),
         loss_figures=loss_figures(recipe, ledger),
@@ -136,6 +141,11 @@ def show_seconds(seconds: float) -> str:
 def show_percent(share: float) -> str:
     """A share as a percentage with three digits, or one behind the point from 10% on."""
     return f"{100 * share:.1f}%" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
+
+
+def show_task_value(metric: str, value: float) -> str:
+    """Accuracies as percentages, anything else as it is."""
+    return f"{100 * value:.2f}%" if metric.startswith("acc") else f"{value:.4f}"
 
 
 # --- summary -------------------------------------------------------------------------------------------------------
@@ -183,13 +193,15 @@ def recipe_rows(recipe: Recipe, ledger: Ledger) -> list[tuple[str, str, dict[str
     if fit.features:
         influence_model += f"; extra features {', '.join(fit.features)}"
     items = f"{recipe.reference.items} items to probe with, up to {recipe.reference.test_items} held out"
+    measured = {"answer": "the answers", "passage": "whole passages"}[recipe.reference.loss_over]
+    often = "a stage" if probe.every == 1 else f"every {probe.every} stages"
     rows = [
         ("Model", _model_text(recipe, ledger), None),
         ("Training", _training_text(recipe), None),
         ("Corpus", _corpus_text(recipe, ledger), "preprocess"),
         ("Tokenizer", _tokenizer_text(recipe), "tokenizer"),
-        ("Reference", f"{recipe.reference.name}: {items}", "reference"),
-        ("Probes", f"{probe.samples} samples a stage, {probe.method}, {probe.precision}", None),
+        ("Reference", f"{recipe.reference.name}: {items}; loss of {measured}", "reference"),
+        ("Probes", f"{probe.samples} samples {often}, {probe.method}, {probe.precision}", None),
         ("Influence model", influence_model, None),
         *((f"Method {name}", _method_text(recipe, name), None) for name in recipe.methods if name not in INFLUENCE_METHODS),
         ("Selection", f"ratio {select.ratio:g}, temperature {select.temperature:g} SD", None),
@@ -275,15 +287,16 @@ def loss_figures(recipe: Recipe, ledger: Ledger) -> list[Markup]:
 
 
 def evaluation_figures(recipe: Recipe, ledger: Ledger) -> list[Markup]:
-    """The three metrics against total compute."""
+    """The metrics against total compute."""
     points = {str(method): contents.evaluation_points(recipe, ledger, method) for method in recipe.methods}
     shown = {method: line for method, line in points.items() if line}
     if not shown:
         return []
-    name = recipe.reference.name
+    name, passages = recipe.reference.name, recipe.evaluate.passages
     panels = [
         ("reference-loss", f"{name}.loss_nats", f"held-out {name} loss (nats)", False),
         ("reference-accuracy", f"{name}.accuracy", f"held-out {name} accuracy (%)", True),
+        *([("reference-passages", f"{name}.passage_loss_nats", f"held-out {name} passages (nats)", False)] if passages else []),
         ("holdout-loss", "holdout_loss_nats", "held-out text loss (nats)", False),
     ]
     return [

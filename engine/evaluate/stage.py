@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mates.engine.config import Recipe
+from mates.engine.config import EvaluateConfig, Recipe
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import read_index
 from mates.engine.data.loader import Batches
 from mates.engine.distributed import World
+from mates.engine.evaluate.by_field import DocumentValues
+from mates.engine.evaluate.task_data import find_files
+from mates.engine.evaluate.zero_shot import TASKS_FILE, evaluate_tasks
 from mates.engine.flops import decoder_forward
 from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
-from mates.engine.pretrain.model import LabelledLoss, next_token_loss, padded_vocabulary
+from mates.engine.pretrain.model import LabelledLoss, next_token_loss, padded_vocabulary, token_losses
 from mates.engine.pretrain.schedule import decay_rate, learning_rate
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.pretrain.stage import new_trainer, open_train_corpus, training_flops
@@ -29,12 +34,15 @@ from mates.engine.pretrain.trainer import Trainer
 from mates.engine.pretrain.vigilance import BadStepError
 from mates.engine.progress import Progress, say
 from mates.engine.random import KeyedPermutation
-from mates.engine.reference.batches import label_batches
+from mates.engine.reference.batches import LabelBatch, label_batches
 from mates.engine.reference.task import open_reference
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Cost, Manifest, Request
+from mates.preprocess.inputs import InputError
+from mates.preprocess.tokenizer import tokenizer_files
 
 METRICS_FILE = "metrics.json"
+DECAYED = "decayed"  # the decayed weights as a Hugging Face folder, while tasks are measured
 
 
 def evaluate_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -49,11 +57,34 @@ def evaluate_request(recipe: Recipe, method: str, stage: int) -> Request:
     settings: dict[str, Any] = {"decay_steps": config.decay_steps, "holdout_samples": config.holdout_samples, "stage": stage}
     if recipe.probe.after_decay:
         settings["state"] = True  # the end of the branch is kept for the probe
+    if config.passages:  # what is not asked for is not named: evaluations from before it could be are still found
+        settings["passages"] = True
+    if config.by is not None:
+        settings["by"] = config.by
+    if config.tasks:
+        settings["tasks"] = {"names": list(config.tasks), "limit": config.task_limit, "seed": recipe.corpus.split_seed}
+        inputs["tasks"] = _tasks_fingerprint(config, layout.evaluation(method, stage))
     return Request(directory=layout.evaluation(method, stage), kind="evaluation", settings=settings, inputs=inputs)
 
 
+def _tasks_fingerprint(config: EvaluateConfig, done: Path) -> str:
+    """Of the tasks' files. Where they are gone that of a finished evaluation is believed, so that its report can be written anywhere.
+
+    Raises:
+        InputError: no files, and no evaluation that has read any.
+    """
+    try:
+        folder = Path(config.task_data or "")
+        return artifact.fingerprint_of([[name, [artifact.digest_of(path) for path in find_files(name, folder)]] for name in config.tasks])
+    except InputError:
+        read = artifact.load(done, "evaluation").inputs.get("tasks") if (done / artifact.MANIFEST_NAME).is_file() else None
+        if read is None:
+            raise
+        return read
+
+
 def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest:
-    """Evaluate the checkpoint of ``stage``: held-out reference loss and accuracy, held-out language-model loss."""
+    """Evaluate the checkpoint of ``stage``: held-out reference loss and accuracy, held-out language-model loss, zero-shot tasks."""
     request: Request = world.same(lambda: evaluate_request(recipe, method, stage))
     done: Manifest | None = world.same(request.find)
     if done:
@@ -75,34 +106,46 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     world.same(lambda: shutil.rmtree(request.directory, ignore_errors=True))  # what an interrupted attempt left
     optimizer = checkpoint.export_state(request.directory, trainer, next_lr)[0] if recipe.probe.after_decay else None
     ids = holdout_ids(recipe, holdout.samples)
-    metrics = {
-        "holdout_loss_nats": holdout_loss(trainer, holdout, ids, config.batch_size),
-        **reference_metrics(
-            trainer,
-            test.name,
-            label_batches(test, batch_tokens=config.batch_size * recipe.pretrain.sequence_length, device=world.device),
+    budget = config.batch_size * recipe.pretrain.sequence_length
+    measured = [test, test.over_passages()] if config.passages else [test]
+    metrics: dict[str, Any] = {
+        **(
+            {"holdout_loss_nats": holdout_loss(trainer, holdout, ids, config.batch_size)}
+            if config.by is None
+            else holdout_losses_by(trainer, holdout, ids, config.batch_size, DocumentValues(holdout, config.by))
         ),
+        **reference_metrics(trainer, test.name, *(label_batches(one, batch_tokens=budget, device=world.device) for one in measured)),
         "holdout_samples": len(ids),
         "reference_items": test.items,
     }
+    tasks = None
+    if config.tasks:
+        with _as_folder(recipe, trainer, layout.checkpoint(method, stage), request.directory / DECAYED) as folder:
+            tasks = evaluate_tasks(folder, world, config, recipe.corpus.split_seed)
     if world.first:
+        whole = metrics.get(f"{test.name}.passage_loss_nats")
         say(
             f"evaluate {method} stage {stage}: held-out loss {metrics['holdout_loss_nats']:.4f} nats, {test.name} loss "
             f"{metrics[f'{test.name}.loss_nats']:.4f} nats, accuracy {100 * metrics[f'{test.name}.accuracy']:.1f}%"
+            + ("" if whole is None else f", of whole passages {whole:.4f} nats")
         )
     cost = Cost(
         flops=evaluation_flops(
             recipe,
             corpus.info("tokenizer")["vocab_size"],
             len(ids),
-            (test.items, len(test.tokens), test.manifest.info["label_tokens"]),
+            test.sizes,
         ),
         seconds=time.perf_counter() - start,
         tokens=config.decay_steps * recipe.pretrain.tokens_per_step + len(ids) * recipe.pretrain.sequence_length + len(test.tokens),
     )
+    if tasks:
+        cost = replace(cost, flops=cost.flops + tasks.cost.flops, tokens=cost.tokens + tasks.cost.tokens)
 
     def commit() -> Manifest:
         artifact.write_json(request.directory / METRICS_FILE, metrics)
+        if tasks:
+            artifact.write_json(request.directory / TASKS_FILE, tasks.found)
         kept = {"optimizer": optimizer, "branch": {"seconds": branch_seconds}} if optimizer else {}
         return request.commit(info=metrics | kept, cost=cost)
 
@@ -110,10 +153,27 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     return result
 
 
+@contextmanager
+def _as_folder(recipe: Recipe, trainer: Trainer, kept: Path, folder: Path) -> Iterator[Path]:
+    """The trainer's weights as a Hugging Face folder that all ranks see: the export of the checkpoint ``kept`` where there was no decay,
+    otherwise ``folder``, which is removed afterwards."""
+    if recipe.evaluate.decay_steps == 0:
+        yield kept / checkpoint.EXPORT
+        return
+    world = trainer.world
+    weights = {name: values[0] for name, *values in trainer.full_state() if world.first}
+    files = tokenizer_files(layout_of(recipe).tokenizer)
+    world.same_after_long(lambda: checkpoint.write_export(folder, trainer, weights, files))
+    yield folder
+    world.same(lambda: shutil.rmtree(folder))
+
+
 def evaluation_flops(recipe: Recipe, vocab_size: int, holdout_samples: int, reference: tuple[int, int, int]) -> float:
     """FLOPs of a decay branch and its measurements; ``reference`` is (items, tokens, label tokens)."""
     shape, rows = resolve_shape(recipe.model), padded_vocabulary(vocab_size, recipe.model.vocab_multiple)
     length, (items, tokens, labels) = recipe.pretrain.sequence_length, reference
+    if recipe.evaluate.passages:
+        labels = tokens
     decay = training_flops(recipe, vocab_size, recipe.evaluate.decay_steps * recipe.pretrain.batch_size)
     held_out = decoder_forward(shape, rows, tokens=holdout_samples * length, length=length)
     return decay + held_out + decoder_forward(shape, rows, tokens=tokens, length=tokens / items, logit_tokens=labels)
@@ -152,22 +212,57 @@ def holdout_loss(trainer: Trainer, holdout: Corpus, ids: npt.NDArray[np.int64], 
     return _sums(trainer, groups, loss, 1)[0] / len(ids)
 
 
-def reference_metrics(trainer: Trainer, name: str, batches: Sequence[Any]) -> dict[str, float]:
-    """Mean loss in nats a label token, and the share of items all of whose label tokens are the model's likeliest."""
+def holdout_losses_by(
+    trainer: Trainer, holdout: Corpus, ids: npt.NDArray[np.int64], batch_size: int, values: DocumentValues
+) -> dict[str, Any]:
+    """Mean loss in nats a token over holdout samples, and of the tokens of the documents of each value of a field."""
+    groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    count = len(values.names)
+
+    def sums(group: npt.NDArray[np.int64]) -> list[float]:
+        windows = torch.from_numpy(holdout.windows(group)).to(trainer.world.device)
+        losses = token_losses(trainer.engine, windows).double().cpu().numpy().ravel()
+        codes = values.of_targets(group).ravel()
+        return [*np.bincount(codes, losses, count).tolist(), *np.bincount(codes, minlength=count).tolist()]
+
+    found = np.array(_sums(trainer, groups, sums, 2 * count))
+    losses, tokens = found[:count], found[count:]
+    met = [number for number in range(count) if tokens[number]]
+    return {
+        "holdout_loss_nats": float(losses.sum() / tokens.sum()),
+        "holdout_by": {
+            "field": values.field,
+            "loss_nats": {values.names[number]: float(losses[number] / tokens[number]) for number in met},
+            "tokens": {values.names[number]: int(tokens[number]) for number in met},
+        },
+    }
+
+
+def reference_metrics(
+    trainer: Trainer, name: str, answers: Sequence[LabelBatch], passages: Sequence[LabelBatch] | None = None
+) -> dict[str, float]:
+    """Mean loss in nats a label token, and the share of items all of whose label tokens are the model's likeliest.
+
+    Args:
+        trainer: whose model is measured. name: of the task. answers: its items.
+        passages: the same batches with all tokens as labels; their mean loss is measured as well.
+    """
     labelled = LabelledLoss(trainer.engine.module)
 
-    def measure(batch: Any) -> list[float]:
-        losses, hits = labelled(batch.tokens, batch.positions, batch.targets)
-        missed = torch.unique(batch.items[~hits])
-        return [
-            float(losses.double().sum()),
-            float(len(losses)),
-            float(len(torch.unique(batch.items)) - len(missed)),
-            float(len(batch.tokens)),
-        ]
+    def measure(pair: tuple[LabelBatch, LabelBatch]) -> list[float]:
+        answer, passage = pair
+        losses, hits = labelled(passage.tokens, passage.positions, passage.targets)
+        everything = [float(losses.double().sum()), float(len(losses))]
+        asked = torch.isin(passage.positions, answer.positions)
+        losses, hits = losses[asked], hits[asked]
+        missed = torch.unique(answer.items[~hits])
+        right = len(torch.unique(answer.items)) - len(missed)
+        return [float(losses.double().sum()), float(len(losses)), float(right), float(len(answer.tokens)), *everything]
 
-    loss, labels, right, items = _sums(trainer, batches, measure, 4)
-    return {f"{name}.loss_nats": loss / labels, f"{name}.accuracy": right / items}
+    pairs = list(zip(answers, answers if passages is None else passages, strict=True))
+    loss, labels, right, items, passage_loss, tokens = _sums(trainer, pairs, measure, 6)
+    found = {f"{name}.loss_nats": loss / labels, f"{name}.accuracy": right / items}
+    return found | ({} if passages is None else {f"{name}.passage_loss_nats": passage_loss / tokens})
 
 
 def _sums(trainer: Trainer, work: Sequence[Any], measure: Callable[[Any], list[float]], width: int) -> list[float]:

@@ -92,14 +92,10 @@ def best_weight(ngrams: Scores, encoder: Scores, targets: Scores) -> float:
     return min(weights, key=lambda weight: float(np.mean((mixed(ngrams, encoder, weight) - targets) ** 2)))
 
 
-def is_dropped(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
-    """Which samples a cascade has dropped, by their scores [n, R]: [n]."""
-    return np.asarray(scores[:, 0] > DROPPED / 2)
-
-
-def undropped(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Scores as the models predict them, those of dropped samples too."""
-    return np.where(scores > DROPPED / 2, scores - DROPPED, scores)
+def undropped(scores: npt.NDArray[np.floating], model: str) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.bool_]]:
+    """Scores [n, R] as a kind of model predicted them, those of dropped samples too, and which samples a cascade has dropped [n]."""
+    dropped = scores[:, 0] > DROPPED / 2 if model == "cascade" else np.zeros(len(scores), np.bool_)
+    return np.where(dropped[:, None], scores - DROPPED, scores) if dropped.any() else scores, dropped
 
 
 def lost_influence(predicted: Floats, dropped: npt.NDArray[np.bool_], oracle: Floats, ratio: float) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates.engine.baselines.dsir import Dsir
+from mates.engine.baselines.dsir import Dsir, log_shares
 from mates.engine.baselines.ngram_lm import NgramLanguageModel
 from mates.engine.config import Recipe
 from mates.engine.data.corpus import Corpus, open_corpus
@@ -20,6 +20,7 @@ from mates.engine.layout import layout_of
 from mates.engine.probe.stage import label_weights, probed_samples
 from mates.engine.random import KeyedPermutation
 from mates.engine.reference.task import Reference, open_references
+from mates.engine.select.methods import label_stages
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 
@@ -126,7 +127,7 @@ def weighted_references(recipe: Recipe) -> list[Reference]:
 def make_features(recipe: Recipe, stage: int) -> ExtraFeatures:
     """The features that a recipe's influence model of a stage sees.
 
-    N-grams are counted in samples of the pool that are not probed: those that a model is fitted to would seem easier than candidates are.
+    N-grams are counted in samples of the pool that the model is not fitted to: those would seem easier than candidates are.
     """
     if not recipe.fit.features:
         return NO_FEATURES
@@ -136,20 +137,25 @@ def make_features(recipe: Recipe, stage: int) -> ExtraFeatures:
     if DIFFICULTY in recipe.fit.features:
         model = NgramLanguageModel.fit(pieces(pool, others), pool.info("tokenizer")["vocab_size"])
     if "relevance" in recipe.fit.features:
-        ratios = {one.name: Dsir.fit(item_tokens(one), pieces(pool, others)) for one in weighted_references(recipe)}
+        raw = log_shares(pieces(pool, others), "raw text")
+        ratios = {one.name: Dsir(log_shares(item_tokens(one), one.name) - raw) for one in weighted_references(recipe)}
     return ExtraFeatures(model, ratios).standardised(Samples(pool, probed_samples(recipe, pool.samples, stage)))
 
 
 def unprobed_samples(recipe: Recipe, pool: Corpus, stage: int) -> npt.NDArray[np.int64]:
-    """Ids of pool samples that are not probed at a stage. ArtifactError where there are hardly any."""
-    probed = recipe.probe.samples
-    left = min(pool.samples - probed, POOL_SAMPLES)
-    if left < LEAST_SAMPLES:
+    """Ids of pool samples whose labels the influence model of a stage is not trained on. ArtifactError where there are hardly any."""
+    own, *earlier = (probed_samples(recipe, pool.samples, probed) for probed in label_stages(recipe, stage))
+    known = np.unique(np.concatenate([own, *earlier]))
+    stop = min(pool.samples, POOL_SAMPLES + len(own) + sum(map(len, earlier)))
+    others = KeyedPermutation(pool.samples, recipe.seed, "probe", stage)(np.arange(len(own), stop))
+    others = others[~np.isin(others, known)][:POOL_SAMPLES]
+    if len(others) < LEAST_SAMPLES:
         raise ArtifactError(
-            f"{pool.directory}: {left} samples in the pool beside the {probed} that are probed, at least {LEAST_SAMPLES} are needed to "
-            f"count n-grams in; enlarge corpus.pool_share (now {recipe.corpus.pool_share}) or probe fewer"
+            f"{pool.directory}: {len(others)} samples in the pool beside the {len(known)} that are probed, at least {LEAST_SAMPLES} are "
+            f"needed to count n-grams in; enlarge corpus.pool_share (now {recipe.corpus.pool_share}), probe fewer or lower "
+            f"fit.earlier_labels (now {recipe.fit.earlier_labels})"
         )
-    return np.sort(KeyedPermutation(pool.samples, recipe.seed, "probe", stage)(np.arange(probed, probed + left)))
+    return np.sort(others)
 
 
 def pieces(corpus: Corpus, ids: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.integer[Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mates.engine.influence.ngrams import (
     all_features,
     best_ridge,
     curve_line,
+    figure,
     label_curve,
     ridge_flops,
 )
@@ -40,6 +41,7 @@ from mates.engine.probe.stage import label_weights, read_influences
 from mates.engine.progress import say
 from mates.engine.random import key_of, uniform
 from mates.engine.select.choose import gumbel_keys
+from mates.engine.select.methods import earlier_models, label_stages
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import open_tokenizer
@@ -106,7 +108,8 @@ def calibration(predicted: Floats, oracle: Floats) -> dict[str, float | None]:
 
 def _parent(recipe: Recipe, method: str, stage: int) -> Path | None:
     """The influence model that fitting starts from."""
-    return layout_of(recipe).influence_model(method, stage - 1) if recipe.fit.starts_from_earlier(stage) else None
+    earlier = earlier_models(recipe, stage)
+    return layout_of(recipe).influence_model(method, earlier[0]) if recipe.fit.warm_starts and earlier else None
 
 
 def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
@@ -116,10 +119,14 @@ def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
         "labels": artifact.load(layout.labels(method, stage), "labels").fingerprint,
         "tokenizer": artifact.load(layout.tokenizer, "tokenizer").fingerprint,
     }
+    for earlier in label_stages(recipe, stage)[1:]:
+        inputs[f"labels of stage {earlier}"] = artifact.load(layout.labels(method, earlier), "labels").fingerprint
     if parent is not None:
         inputs["parent"] = artifact.load(parent, "influence model").fingerprint
     # weights are for selection: other ones need no other model
     settings = asdict(recipe.fit) | {"stage": stage, "seed": recipe.seed, "references": list(label_weights(recipe))}
+    if not recipe.fit.earlier_labels:  # what is not asked for is not named: models from before it could be are still found
+        settings.pop("earlier_labels")
     if recipe.fit.features:
         inputs |= feature_inputs(recipe)
     if recipe.fit.model != "ngram" and recipe.fit.encoder is not None and Path(recipe.fit.encoder).is_dir():
@@ -139,10 +146,12 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     layout = layout_of(recipe)
     ids, values, manifest = read_influences(layout.labels(method, stage), list(label_weights(recipe)))
     pool = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length)
-    labels = Labels(Samples(pool, ids), values, split_labels(ids, recipe.fit, recipe.seed), label_weights(recipe))
+    more, targets = _earlier_labels(recipe, method, stage)
+    own = split_labels(ids, recipe.fit, recipe.seed)
+    labels = Labels(Samples(pool, np.append(ids, more)), values, own, label_weights(recipe), targets)
     job = _Job(recipe, world, method, stage, labels, make_features(recipe, stage))
     fitted = job.fit()
-    predicted = predict_together(fitted.model, labels.samples, world)
+    predicted = job.predict(fitted.model)
     flops, tokens = world.gathered(lambda: (fitted.flops, fitted.tokens)), len(ids) * pool.length
 
     def commit() -> Manifest:
@@ -164,25 +173,58 @@ def fit_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest
     return result
 
 
-class Labels:
-    """What an influence model is fitted to: samples, their influences [n, R] in nats, and in SD of the training labels."""
+def _earlier_labels(recipe: Recipe, method: str, stage: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Training labels of earlier probes: sample ids [m], and influences [m, R] in SD of the training labels of their own probe."""
+    weights, ids, targets = label_weights(recipe), [np.empty(0, np.int64)], [np.empty((0, len(label_weights(recipe))))]
+    for earlier in label_stages(recipe, stage)[1:]:
+        probed, values, _ = read_influences(layout_of(recipe).labels(method, earlier), list(weights))
+        rows = split_labels(probed, recipe.fit, recipe.seed)["train"]
+        means, sds = _standard(values[rows], list(weights))
+        ids.append(probed[rows])
+        targets.append((values[rows] - means) / sds)
+    return np.concatenate(ids), np.concatenate(targets)
 
-    def __init__(self, samples: Samples, values: Floats, parts: dict[str, npt.NDArray[np.int64]], weights: Mapping[str, float]) -> None:
-        """Standardise. ArtifactError for parts that are too small, or labels that are all equal."""
+
+def _standard(train: Floats, names: Sequence[str]) -> tuple[Floats, Floats]:
+    """Mean and SD [R] of training labels. ArtifactError where they are all equal."""
+    means, sds = train.mean(0), train.std(0)
+    if not sds.all():
+        name = names[int(np.flatnonzero(sds == 0)[0])]
+        raise ArtifactError(f"fit: all training labels on {name} are equal; the probe found no difference between samples")
+    return means, sds
+
+
+class Labels:
+    """What an influence model is fitted to: samples, their influences [n, R] in nats, and in SD of the training labels.
+
+    ``samples`` and ``targets`` have the labels of earlier probes behind the n new ones, and ``learned`` the rows that are trained on: new
+    training labels and all earlier ones. Everything else is about the new ones.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        values: Floats,
+        parts: dict[str, npt.NDArray[np.int64]],
+        weights: Mapping[str, float],
+        earlier: Floats | None = None,
+    ) -> None:
+        """Standardise; ``earlier`` labels [m, R] are in their SD. ArtifactError for parts that are too small, or equal labels."""
         check_parts(parts)
         self.samples, self.values, self.parts, self.weights = samples, values, parts, dict(weights)
         train = values[parts["train"]]
-        self.means, self.sds = train.mean(0), train.std(0)
-        if not self.sds.all():
-            name = list(weights)[int(np.flatnonzero(self.sds == 0)[0])]
-            raise ArtifactError(f"fit: all training labels on {name} are equal; the probe found no difference between samples")
-        self.targets = ((values - self.means) / self.sds).astype(np.float32)
+        self.means, self.sds = _standard(train, list(weights))
+        own = (values - self.means) / self.sds
+        self.targets = (own if earlier is None else np.concatenate([own, earlier])).astype(np.float32)
+        self.learned = np.append(parts["train"], np.arange(len(own), len(self.targets)))
+        self.new = samples[: len(own)]
+        """The samples of the new labels."""
         self.covariance = np.cov(train.T, bias=True).reshape(len(self.sds), -1)
         self.join = joining(list(weights.values()), self.covariance)
         self.joined = np.average(values, axis=1, weights=list(weights.values()))
         """The weighted mean over the tasks [n], in nats."""
-        own = self.joined[parts["train"]]
-        self.mean, self.sd = float(own.mean()), float(own.std())
+        joined = self.joined[parts["train"]]
+        self.mean, self.sd = float(joined.mean()), float(joined.std())
 
 
 @dataclass(frozen=True)
@@ -210,12 +252,19 @@ class _Job:
             return self._ngrams()
         return self._encoder() if self.recipe.fit.model == "encoder" else self._cascade()
 
+    def predict(self, model: InfluenceModel) -> Scores:
+        """Scores [n, R] of the samples of the new labels."""
+        new = self.labels.new
+        if isinstance(model, NgramModel) and self._features is not None:
+            return model.predict_features(self._features[: len(new)])
+        return predict_together(model, new, self.world)
+
     def features_of(self, rows: npt.NDArray[np.int64]) -> sparse.csr_array:
         """Features of labelled samples, from those of all where these are there."""
         return all_features(self.labels.samples[rows], self.extra) if self._features is None else self._features[rows]
 
     def _ngrams(self) -> Fitted:
-        labels, train = self.labels, self.labels.parts["train"]
+        labels, train = self.labels, self.labels.learned
         self._features = all_features(labels.samples, self.extra)
         targets = labels.targets.astype(np.float64)
         ridges = [best_ridge(self._features, column, train, labels.parts["validation"]) for column in targets.T]
@@ -240,7 +289,8 @@ class _Job:
         if world.rank:
             torch.manual_seed(key_of(recipe.seed, f"fit-rank-{world.rank}", self.stage)[0])  # other dropout than rank 0
         model = EncoderModel(module.to(world.device), reader, recipe.fit, recipe.score, world.device, self.extra)
-        run = EncoderFit(recipe.fit, model, labels.samples, labels.targets, labels.parts, world, seed=recipe.seed, stage=self.stage)
+        parts = labels.parts | {"train": labels.learned}
+        run = EncoderFit(recipe.fit, model, labels.samples, labels.targets, parts, world, seed=recipe.seed, stage=self.stage)
         run.train(f"fit {self.method} stage {self.stage}")
         reads = reader.source(labels.samples.corpus)
         if world.first:
@@ -251,9 +301,8 @@ class _Job:
         first, second, labels, recipe = self._ngrams(), self._encoder(), self.labels, self.recipe
         assert isinstance(first.model, NgramModel)
         assert isinstance(second.model, EncoderModel)
-        assert self._features is not None
         known = np.concatenate([labels.parts["validation"], labels.parts["test"]])  # on training labels predictions are too good
-        words = first.model.predict_features(self._features)
+        words = self.predict(first.model)
         rows, rough = labels.parts["validation"], words @ labels.join
         own = predict_together(second.model, labels.samples[rows], self.world)
         weight = best_weight(words[rows], own, labels.targets[rows])
@@ -301,6 +350,7 @@ class _Job:
             "label_mean_nats": labels.mean,
             "label_sd_nats": labels.sd,
             "labels": {name: len(rows) for name, rows in labels.parts.items()},
+            "earlier_labels": len(labels.targets) - len(labels.values),
             "agreement": {name: agreement(joined[rows], nats[rows]) for name, rows in labels.parts.items()},
             "agreement_by_reference": {
                 name: agreement(shown[test, number], labels.values[test, number]) for number, name in enumerate(labels.weights)
@@ -324,19 +374,21 @@ class _Job:
 
     def predicted(self, scores: Scores) -> npt.NDArray[np.floating[Any]]:
         """What was predicted, of what a cascade drops too."""
-        return undropped(scores) if self.recipe.fit.model == "cascade" else scores
+        return undropped(scores, self.recipe.fit.model)[0]
 
     def _words_of(self, rows: npt.NDArray[np.int64]) -> sparse.csr_array:
         return self.features_of(rows)[:, :BUCKETS]
 
     def _drift(self, joined: Floats) -> dict[str, float | None] | None:
-        """How the predictions for the test labels agree with those of the stage before: has the model's preference moved?
+        """How the predictions for the test labels agree with those of the model before: has the model's preference moved?
 
-        None where that stage has no model of the kind: nothing but this figure needs one.
+        None where there is no such model of the kind: nothing but this figure needs one.
         """
-        recipe, labels = self.recipe, self.labels
-        earlier = layout_of(recipe).influence_model(self.method, self.stage - 1)
-        if self.stage < 2 or not (earlier / artifact.MANIFEST_NAME).is_file():
+        recipe, labels, before_this = self.recipe, self.labels, earlier_models(self.recipe, self.stage)
+        if not before_this:
+            return None
+        earlier = layout_of(recipe).influence_model(self.method, before_this[0])
+        if not (earlier / artifact.MANIFEST_NAME).is_file():
             return None
         manifest = artifact.load(earlier, "influence model")
         info, own = manifest.info, asdict(recipe.fit)
@@ -365,7 +417,7 @@ def _sensitivity(labels: Labels, joined: Floats) -> dict[str, dict[str, float | 
 
 
 def _lines(label: str, info: Mapping[str, Any]) -> Iterator[str]:
-    shown = ", ".join(f"{name} {_figure(value)}" for name, value in info["agreement"]["test"].items())
+    shown = ", ".join(f"{name} {figure(value)}" for name, value in info["agreement"]["test"].items())
     yield f"{label}: on {info['labels']['test']} test labels {shown}; {curve_line(info['label_curve'])}"
     for finding in findings(info):
         yield f"{label}: {finding}"
@@ -380,39 +432,35 @@ def findings(info: Mapping[str, Any]) -> Iterator[str]:
         f"{worth['oracle']:+.2f}"
     )
     if {"train", "validation"} <= set(info["agreement"]):
-        train, validation = (_figure(info["agreement"][name]["spearman"]) for name in ("train", "validation"))
+        train, validation = (figure(info["agreement"][name]["spearman"]) for name in ("train", "validation"))
         yield f"its Spearman on training labels is {train}, on validation labels {validation}"
     if info["drift"]:
-        yield f"its predictions agree with those of the stage before by a Spearman of {_figure(info['drift']['spearman'])}"
+        yield f"its predictions agree with those of the model before by a Spearman of {figure(info['drift']['spearman'])}"
     for name, one in info["sensitivity"].items():
-        yield f"without {name} labels agree with those of all tasks by a Spearman of {_figure(one['oracle_spearman'])}"
+        yield f"without {name} labels agree with those of all tasks by a Spearman of {figure(one['oracle_spearman'])}"
     if "ablation" in info:
-        sets = (f"{' + '.join(['words', *one['features']])} {_figure(one['spearman'])}" for one in info["ablation"])
+        sets = (f"{' + '.join(['words', *one['features']])} {figure(one['spearman'])}" for one in info["ablation"])
         yield f"an n-gram model's Spearman on test labels: {', '.join(sets)}"
     if "cascade" in info:
         one = info["cascade"]
         lost = one["test_lost_influence"]
         cost = "nothing is gained on test labels" if lost is None else f"the gain on test labels changes by {-lost:+.1%}"
         yield f"the n-gram model drops {one['dropped_share']:.0%} of the candidates; {cost}"
-        alone = ", ".join(f"{name} {_figure(found['spearman'])}" for name, found in one["test_agreement"].items())
+        alone = ", ".join(f"{name} {figure(found['spearman'])}" for name, found in one["test_agreement"].items())
         yield f"Spearman on test labels without dropping: {alone} (the n-gram model with a weight of {one['ngram_weight']:g})"
         if one["dropped_share"] >= 1 - worth["ratio"] - 1e-9:
             yield "what it leaves is all chosen, so it alone decides: fit.model ngram gives the same for less"
-
-
-def _figure(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
 
 
 def _save(target: Path, model: InfluenceModel, labels: Labels, shown: npt.NDArray[np.floating[Any]]) -> None:
     shutil.rmtree(target, ignore_errors=True)  # what an interrupted fit with other settings left would be taken for this one's
     target.mkdir(parents=True)
     model.save(target)
-    part = np.empty(len(labels.samples), object)
+    part = np.empty(len(labels.new), object)
     for name, rows in labels.parts.items():
         part[rows] = name
     columns = {
-        "sample_id": labels.samples.ids,
+        "sample_id": labels.new.ids,
         "part": part.tolist(),
         "oracle_nats": labels.joined,
         "predicted_sd": (shown @ labels.join).astype(np.float32),

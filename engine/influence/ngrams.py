@@ -150,8 +150,10 @@ def ridge_flops(labels: int, length: int) -> float:
     return 2 * len(PENALTIES) * ITERATIONS * ngram_flops(labels, length)
 
 
-def label_curve(features_of: FeaturesOf, values: Floats, parts: Mapping[str, Rows], seed: int, stage: int) -> list[dict[str, float | None]]:
-    """What an n-gram model learns from an eighth, a quarter, half and all of the training labels.
+def label_curve(
+    features_of: FeaturesOf, values: Floats, parts: Mapping[str, Rows], seed: int, stage: int, divisors: Sequence[int] = CURVE
+) -> list[dict[str, float | None]]:
+    """What an n-gram model learns from some of the training labels: one in each of ``divisors``.
 
     Args:
         features_of: features of the labelled samples. values: their influences [n].
@@ -165,7 +167,7 @@ def label_curve(features_of: FeaturesOf, values: Floats, parts: Mapping[str, Row
     chosen = some_labels(parts, seed, stage)
     features, at, own = features_of(np.concatenate(list(chosen.values()))), _places(chosen), values[np.concatenate(list(chosen.values()))]
     curve = []
-    for part in CURVE:
+    for part in divisors:
         train = at["train"][: max(2, len(at["train"]) // part)]
         curve.append({"labels": len(train)} | _tested(features, own, at | {"train": train}))
     return curve
@@ -218,9 +220,10 @@ def _some(rows: Rows, count: int, seed: int, stage: int) -> Rows:
 
 def curve_line(curve: Sequence[Mapping[str, float | None]]) -> str:
     """The curve for a terminal."""
-    shown = ", ".join(f"{point['labels']} labels {_figure(point['spearman'])}" for point in curve)
+    shown = ", ".join(f"{point['labels']} labels {figure(point['spearman'])}" for point in curve)
     return f"an n-gram model's Spearman by number of labels: {shown}"
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """A correlation for a terminal."""
     return "undefined" if value is None else f"{value:.3f}"

@@ -19,9 +19,10 @@ from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import load_array
 from mates.engine.distributed import World
-from mates.engine.influence.cascade import CascadeModel, is_dropped, undropped
+from mates.engine.influence.cascade import CascadeModel, undropped
 from mates.engine.influence.model import Samples, Scorer, open_model
 from mates.engine.layout import layout_of
+from mates.engine.select.methods import model_stage
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Cost, Manifest, Request
 from mates.preprocess.tokenizer import open_tokenizer
@@ -42,7 +43,8 @@ def score_request(recipe: Recipe, method: str, stage: int) -> Request:
     }
     inputs = {"corpus": corpus.fingerprint}
     if method in INFLUENCE_METHODS:
-        inputs["influence_model"] = artifact.load(layout.influence_model(method, stage), "influence model").fingerprint
+        model = layout.influence_model(method, model_stage(recipe, method, stage))
+        inputs["influence_model"] = artifact.load(model, "influence model").fingerprint
     else:
         more, made_from = baseline_request(recipe, method, stage)
         settings, inputs = settings | more, inputs | made_from
@@ -83,10 +85,8 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
         sums, squares, read = np.zeros(columns), np.zeros(columns), count
         for number in range(chunks):
             shard = read_shard(target, number, (min(size, count - number * size), columns)).astype(np.float64)
-            shown: npt.NDArray[Any] = shard
-            if about["model"] == "cascade":
-                shown, read = undropped(shard), read - int(is_dropped(shard).sum())
-            sums, squares = sums + shown.sum(0), squares + (shown**2).sum(0)
+            shown, dropped = undropped(shard, about["model"])
+            sums, squares, read = sums + shown.sum(0), squares + (shown**2).sum(0), read - int(dropped.sum())
         flops = scorer.forward_flops(count, corpus.length)
         if isinstance(scorer, CascadeModel):
             flops = scorer.flops(count, corpus.length, read=read)
@@ -115,7 +115,7 @@ def _open_scorer(recipe: Recipe, world: World, method: str, stage: int) -> tuple
             "references": [method],
             "model": method,
         }
-    directory = layout.influence_model(method, stage)
+    directory = layout.influence_model(method, model_stage(recipe, method, stage))
     info = artifact.load(directory, "influence model").info
     tokenizer, _ = open_tokenizer(layout.tokenizer)
     about = {name: info[name] for name in ("references", "model", "label_covariance_nats2")}
@@ -156,9 +156,7 @@ class Scores:
 
     def predicted(self, scores: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Of scores [m, R] that were read, those that were predicted [m, R], and which samples a cascade dropped [m]."""
-        if self.manifest.info["model"] != "cascade":
-            return scores, np.zeros(len(scores), np.bool_)
-        return undropped(scores), is_dropped(scores)
+        return undropped(scores, self.manifest.info["model"])
 
 
 def read_shard(directory: Path, number: int, shape: tuple[int, int]) -> npt.NDArray[np.float32]:

@@ -169,7 +169,7 @@ def save_stage(
     with _explained(directory, saving.needed):
         optimizer, weights = export_state(directory, trainer, next_lr)
         if trainer.world.first:
-            _write_export(directory / EXPORT, trainer, weights, tokenizer_files)
+            write_export(directory / EXPORT, trainer, weights, tokenizer_files)
     state = [str(path.relative_to(directory)) for path in (directory / STATE).glob("*.safetensors")]
     return saving.finish({"optimizer": optimizer}, [*state, LOSSES])
 
@@ -220,7 +220,7 @@ def export_state(directory: Path, trainer: Trainer, next_lr: float) -> tuple[dic
     return optimizer, weights
 
 
-def _write_export(directory: Path, trainer: Trainer, weights: dict[str, torch.Tensor], tokenizer_files: Sequence[Path]) -> None:
+def write_export(directory: Path, trainer: Trainer, weights: dict[str, torch.Tensor], tokenizer_files: Sequence[Path]) -> None:
     """Write ``hf/``: the fp32 master weights, a configuration that says so, and the tokenizer."""
     module = trainer.engine.module
     module.generation_config.use_cache = True  # training has no use for a cache, whoever generates has

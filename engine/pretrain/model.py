@@ -245,6 +245,12 @@ def next_token_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
+def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each next token: windows [B, L + 1] int64 → [B, L], fp32 (fp64 for an fp64 model)."""
+    logits = at_least_fp32(model(input_ids=windows[:, :-1]).logits)
+    return nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+
+
 class FusedHead(nn.Linear):
     """An output embedding that can give the loss instead of logits, piece by piece, so that the logits are never held as a whole.
 

@@ -17,6 +17,8 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 STOPPED = 75
 """Exit code of a step that was asked to stop and can be continued."""
+BAD_STEP = 3
+"""Exit code of training that stopped before a bad step: another attempt would meet the same one."""
 
 REMEMBERED = 128
 NEEDED = 32

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mates.engine.chunks import run_chunks
-from mates.engine.config import Recipe, require
+from mates.engine.config import Recipe, ReferenceConfig, TaskConfig, require
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.distributed import World
 from mates.engine.flops import decoder_forward, decoder_training
@@ -112,11 +112,6 @@ def probe_flops(
     return samples * each[method] + compared + branch
 
 
-def sizes_of(reference: Reference) -> tuple[int, int, int]:
-    """Items, tokens and label tokens."""
-    return reference.items, len(reference.tokens), int(reference.manifest.info["label_tokens"])
-
-
 def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
     """The labels that choose the data of ``stage``."""
     layout = layout_of(recipe)
@@ -125,8 +120,12 @@ def probe_request(recipe: Recipe, method: str, stage: int) -> Request:
         "seed": recipe.seed,
         "sequence_length": recipe.pretrain.sequence_length,
     }
-    for name in ("chunk_size", "shard_over"):  # these say who works, not on what
+    for name in ("chunk_size", "shard_over", "every"):  # these say who works and when, not on what
         settings.pop(name)
+    tasks: list[ReferenceConfig | TaskConfig] = [recipe.reference, *recipe.reference.more]
+    whole = [task.name for task in tasks if task.loss_over == "passage"]
+    if whole:  # what is not asked for is not named: labels from before it could be are still found
+        settings["over_passages"] = whole
     inputs = {
         "checkpoint": artifact.load(layout.probed(method, stage, after_decay=recipe.probe.after_decay)).fingerprint,
         "pool": artifact.load(layout.corpus("pool"), "corpus").fingerprint,
@@ -166,7 +165,7 @@ def probe_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     baseline = job.prober.exact.baseline.means.tolist()
     branch = artifact.load(parent).info["branch"]["seconds"] if recipe.probe.after_decay else 0.0
     cost = Cost(
-        flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], [sizes_of(one) for one in references], len(ids), by),
+        flops=probe_flops(recipe, pool.info("tokenizer")["vocab_size"], [one.sizes for one in references], len(ids), by),
         seconds=seconds + branch,
         tokens=len(ids) * recipe.pretrain.sequence_length,
     )

@@ -39,7 +39,7 @@ def read_items(path: Path, form: TaskFormat, seed: int) -> list[Passage]:
     if form == "lambada":
         return read_passages(path, seed)
     passages = []
-    for place, line in _lines(path):
+    for place, line in lines_of(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -58,7 +58,7 @@ def read_passages(path: Path, seed: int) -> list[Passage]:
         InputError: no such file, a line that is not an object with a ``text``, or a passage of one word.
     """
     passages, seen = [], set()
-    for place, line in _lines(path):
+    for place, line in lines_of(path):
         try:
             row = json.loads(line)
             text = row["text"].strip()
@@ -83,7 +83,7 @@ def _own_half(split: object, text: str, seed: int, place: str) -> Half:
     return half_of(text, seed)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
     """Place (``file:line``) and bytes of each line that is not blank. str.splitlines would also split at U+2028 inside a text."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")

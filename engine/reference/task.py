@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,17 @@ class Reference:
     def items(self) -> int:
         """Number of items."""
         return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Items, tokens and labels."""
+        return self.items, len(self.tokens), int(np.count_nonzero(self.labels != IGNORED))
+
+    def over_passages(self) -> Reference:
+        """The same with every token but an item's first to be predicted."""
+        labels, last = np.append(self.tokens[1:], self.tokens[:1]), self.offsets[1:] - 1
+        labels[last] = self.labels[last]  # the target's last token is no input
+        return replace(self, labels=labels)
 
 
 def half_of(text: str, seed: int) -> Half:
@@ -138,8 +149,10 @@ def reference_folders(recipe: Recipe) -> list[Path]:
 
 
 def open_references(recipe: Recipe) -> list[Reference]:
-    """The references that a recipe probes on, in the order of :func:`reference_folders`."""
-    return [open_reference(folder) for folder in reference_folders(recipe)]
+    """The references that a recipe probes on, in the order of :func:`reference_folders`, with labels where it measures the loss."""
+    found = [open_reference(folder) for folder in reference_folders(recipe)]
+    spans = [recipe.reference.loss_over, *(task.loss_over for task in recipe.reference.more)]
+    return [one.over_passages() if span == "passage" else one for one, span in zip(found, spans, strict=True)]
 
 
 def reference_weights(recipe: Recipe) -> list[float]:

@@ -35,8 +35,7 @@ class Domains:
         self._codes = []
         for folder, _ in corpus.parts:
             codes = []
-            for values in _columns(folder, config.domains):
-                values = _host(values) if config.domains == "url" else values
+            for values in metadata_values(folder, config.domains, "select.domains"):
                 own = pc.fill_null(pc.index_in(values, value_set=pa.array(self.names, pa.string())), OTHER).to_numpy(zero_copy_only=False)
                 codes.append(own.astype(np.int16))
                 if len(others) < EXAMPLES:
@@ -60,13 +59,18 @@ class Domains:
         return domains
 
 
-def _columns(folder: Path, name: str) -> list[pa.Array]:
-    """The values of a metadata field, file by file."""
+def metadata_values(folder: Path, name: str, setting: str) -> list[pa.Array]:
+    """Values of a metadata field of a corpus' documents as strings or nulls, file by file; of ``url`` the host names.
+
+    Raises:
+        RecipeError: the corpus does not keep the field that ``setting`` names.
+    """
     files = sorted(file for file in artifact.load(folder, "corpus").files if file.startswith(f"{METADATA_FOLDER}/"))
     known = pq.read_schema(folder / files[0]).names
     if name not in known:
-        raise RecipeError(f"select.domains: found {name!r}, expected a field that {folder} keeps: {', '.join(known)}")
-    return [pq.read_table(folder / file, columns=[name])[name].combine_chunks().cast(pa.string()) for file in files]
+        raise RecipeError(f"{setting}: found {name!r}, expected a field that {folder} keeps: {', '.join(known)}")
+    values = [pq.read_table(folder / file, columns=[name])[name].combine_chunks().cast(pa.string()) for file in files]
+    return [_host(part) for part in values] if name == "url" else values
 
 
 def _host(urls: pa.Array) -> pa.Array:

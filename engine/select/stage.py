@@ -26,7 +26,7 @@ from mates.engine.probe.stage import label_weights
 from mates.engine.progress import Progress, say
 from mates.engine.select.choose import PIECE, Cut, Floats, Ids, find_cut, gumbel_keys
 from mates.engine.select.domains import Domains
-from mates.engine.select.methods import Rule, needs_influences, needs_scores, rule_of
+from mates.engine.select.methods import Rule, needs_scores, rule_of, uses_influences
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Cost, Manifest, Request
 from mates.preprocess.indexed import IndexedWriter
@@ -57,7 +57,7 @@ def select_request(recipe: Recipe, method: str, stage: int) -> Request:
     if is_scored:
         settings |= asdict(rule_of(recipe, method))
         inputs["scores"] = artifact.load(layout.scores(method, stage), "scores").fingerprint
-    if needs_influences(method, stage):
+    if uses_influences(method, stage):
         settings["label_weights"] = label_weights(recipe)
     if config.materialize:
         settings["materialize"] = True
@@ -191,7 +191,7 @@ class _Candidates:
         if needs_scores(method, stage):
             self.rule, self._scores = rule_of(recipe, method), open_scores(layout_of(recipe).scores(method, stage), corpus.fingerprint)
             self._join = np.ones(1)
-            if needs_influences(method, stage):
+            if uses_influences(method, stage):
                 self._join = joining(list(label_weights(recipe).values()), self._scores.manifest.info["label_covariance_nats2"])
         pieces = -(-self.n // PIECE)
         first, stop = (pieces * (world.rank + more) // world.size * PIECE for more in (0, 1))

@@ -1,4 +1,4 @@
-"""FLOPs to accuracy: the ratio against hand-computed values, censoring, the gate, and what is written."""
+"""FLOPs to accuracy: the ratio against hand-computed values, intervals, censoring, the gate, arms of a tier, and what is written."""
 
 from __future__ import annotations
 
@@ -7,53 +7,67 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import COSTS, REFERENCE, build, make_recipe, metrics
+import yaml
+from matplotlib.figure import Figure
+from synthetic_run import COSTS, REFERENCE, build, build_data, build_step, make_recipe, metrics
 
 from mates.engine.config import Recipe, RecipeError
 from mates.engine.layout import layout_of
+from mates.engine.loop import STAGE_VERBS, Step, step_request
+from mates.engine.pretrain.vigilance import STOPPED
 from mates.launchers import verbs
 from mates.preprocess import artifact
+from mates.preprocess.inputs import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from flops_to_accuracy import (
+import experiment
+import flops_to_accuracy
+import pieces
+from comparison import (
+    PARTS,
+    SELECTION,
     Arm,
     Crossing,
     Row,
+    bootstrap_interval,
     flops_to_reach,
     gate,
     last_stage,
-    main,
     mean_and_error,
-    parse,
+    median,
+    minus_random,
+    overhead,
     ratio_to_baseline,
+    value_at,
 )
+from experiment import MEASURED, TIERS, Run, load_tier, measured, runs_of
+from flops_to_accuracy import half_width, main, markdown, parse, parse_tier
 from surroundings import without_paths
 
 LOSS = "lambada.loss_nats"
 
 
 def arm(method: str, points: list[tuple[float, float]], seed: int = 0, **changes: Any) -> Arm:
-    """An arm from (total FLOPs, loss) of its stages."""
+    """An arm from (total FLOPs, loss) of its stages; all that is not pretraining is the probe's."""
     rows = [
         Row(
             seed=seed,
+            arm=method,
             method=method,
             stage=stage,
-            total_flops=flops,
-            pretrain_flops=1e12 * (stage + 1),
-            selection_flops=flops - 1e12 * (stage + 1),
+            flops=dict.fromkeys(PARTS, 0.0) | {"pretrain": 1e12 * (stage + 1), "probe": flops - 1e12 * (stage + 1)},
+            seconds=dict.fromkeys(PARTS, 0.0) | {"pretrain": 45.0, "fit": 15.0},
             pretrain_tokens=100 * (stage + 1),
-            seconds=60.0,
             metrics={LOSS: loss},
         )
         for stage, (flops, loss) in enumerate(points)
     ]
-    return replace(Arm(seed=seed, method=method, stage0=f"stage0-{seed}", test_sets={"holdout": "h"}, rows=rows), **changes)
+    return replace(Arm(seed=seed, name=method, method=method, stage0=f"stage0-{seed}", test_sets={"holdout": "h"}, rows=rows), **changes)
 
 
 # --- the ratio -----------------------------------------------------------------------------------------------------
@@ -112,6 +126,69 @@ def test_selection_is_paid_for() -> None:
     assert ratio_to_baseline(arms, "mates", LOSS)["median"] == pytest.approx(1.5)
 
 
+def majority(n: int, share: float) -> float:
+    """Chance that most of n (odd) draws are of a kind that has a share of what is drawn from."""
+    return sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n // 2 + 1, n + 1))
+
+
+@pytest.mark.parametrize("n", [3, 5, 7, 9])
+def test_the_bootstrap_interval_is_that_of_order_statistics(n: int) -> None:
+    # the median of n resampled values is at most the j-th smallest where most of them are among the j smallest
+    values = [0.5 + 0.1 * rank for rank in range(n)]
+    low = next(values[j - 1] for j in range(1, n + 1) if majority(n, j / n) >= 0.025)
+    high = next(values[j - 1] for j in range(1, n + 1) if majority(n, j / n) >= 0.975)
+    assert bootstrap_interval(values[::-1]) == (low, high)
+
+
+def test_one_seed_has_no_interval_and_censored_seeds_can_be_its_ends() -> None:
+    assert bootstrap_interval([0.5]) is None
+    assert bootstrap_interval([0.5, math.inf, 0.7]) == (0.5, math.inf)
+    found = ratio_to_baseline([arm("random", [(1e12, 5.0), (4e12, 4.0)]), arm("mates", [(1e12, 5.0), (4e12, 3.0)])], "mates", LOSS)
+    assert (found["median"], found["low"], found["high"]) == (pytest.approx(0.5), None, None)
+
+
+def test_a_median_beside_a_censored_ratio_is_censored() -> None:
+    assert median([0.5, 0.7]) == pytest.approx(0.6)
+    assert median([0.5, math.inf]) == math.inf
+    assert median([0.0, 0.5]) == 0.0
+    assert median([math.inf, 0.5, 0.7]) == 0.7
+
+
+def test_the_band_is_students_t() -> None:
+    # of two values: 12.706 (the 97.5% point for one degree of freedom) · standard deviation / √2
+    assert half_width([1.0, 3.0]) == pytest.approx(12.7062047 * math.sqrt(2) / math.sqrt(2), rel=1e-6)
+
+
+def test_values_at_equal_flops_lie_on_the_same_lines() -> None:
+    flops, losses = [1e12, 4e12, 64e12], [5.0, 4.0, 3.0]
+    assert value_at(2e12, flops, losses) == pytest.approx(4.5)
+    assert value_at(8e12, flops, losses) == pytest.approx(3.75)
+    assert flops_to_reach(3.75, flops, losses).flops == pytest.approx(8e12)
+    assert value_at(64e12, flops, losses) == 3.0
+    assert value_at(64.1e12, flops, losses) is None
+    assert value_at(0.9e12, flops, losses) is None
+
+
+def test_differences_at_equal_flops_are_paired_and_censored() -> None:
+    arms = []
+    for seed, offset in enumerate([0.0, 1.0]):
+        arms.append(arm("random", [(1e12, 5.0 + offset), (2e12, 4.0 + offset)], seed))
+        # at random's 2e12 FLOPs half of the way from 5 to 3.5 nats
+        arms.append(arm("mates", [(1e12, 5.0 + offset), (4e12, 3.5 + offset)], seed))
+    arms += [arm("random", [(1e12, 5.0), (2e12, 4.0)], 2), arm("mates", [(1e12, 5.0), (1.9e12, 3.0)], 2)]
+    found = minus_random(arms, "mates")[LOSS]
+    assert found["equal_flops"] == {"mean": pytest.approx(0.25), "standard_error": pytest.approx(0, abs=1e-12), "n": 2, "censored": 1}
+    assert found["equal_tokens"]["mean"] == pytest.approx((-0.5 - 0.5 - 1.0) / 3)
+    assert found["equal_tokens"]["standard_error"] == pytest.approx(math.sqrt(1 / 12) / math.sqrt(3))
+
+
+def test_overhead_is_a_share_of_the_total() -> None:
+    found = overhead([arm("mates", [(1e12, 5.0), (2.5e12, 4.0)])], "mates")
+    assert found["overhead_share"] == pytest.approx(0.5 / 2.5)
+    assert found["overhead_share_of_time"] == pytest.approx(15 / 60)
+    assert {part: values["share"] for part, values in found["overhead"].items()} == {"probe": 0.2, "fit": 0.0, "score": 0.0, "select": 0.0}
+
+
 def test_mean_and_standard_error_by_hand() -> None:
     assert mean_and_error([1.0, 2.0, 3.0]) == {"mean": 2.0, "standard_error": pytest.approx(1 / math.sqrt(3)), "n": 3}
     assert mean_and_error([1.5]) == {"mean": 1.5, "standard_error": None, "n": 1}
@@ -154,8 +231,8 @@ def test_the_gate_is_open_for_equal_arms() -> None:
         ([replace(a, stage0=None) for a in pair()], "do not share one stage-0 checkpoint"),
         (pair(test_sets={"holdout": "another"}), "different test sets"),
         (edited(lambda row: replace(row, metrics={LOSS: math.nan})), "lambada.loss_nats not finite"),
-        (edited(lambda row: replace(row, total_flops=math.inf)), "total_flops not finite"),
-        (edited(lambda row: replace(row, pretrain_flops=2.1e12)), "stage 1: pretraining differs"),
+        (edited(lambda row: replace(row, flops=row.flops | {"probe": math.inf})), "total_flops not finite"),
+        (edited(lambda row: replace(row, flops=row.flops | {"pretrain": 2.1e12})), "stage 1: pretraining differs"),
         (edited(lambda row: replace(row, pretrain_tokens=201)), "stage 1: pretraining differs"),
     ],
 )
@@ -247,6 +324,220 @@ def test_a_closed_gate_writes_nothing(
     assert main(arguments) == 1
     assert "seed 0 mates: no complete evaluation and costs of stage 1" in capsys.readouterr().err
     assert not results.exists()
+
+
+# --- tiers ---------------------------------------------------------------------------------------------------------
+
+STAGES = 11
+
+
+@pytest.fixture
+def tier_file(tmp_path: Path) -> Path:
+    """A tier over made-up text, with two arms of one method."""
+    recipe = make_recipe(tmp_path / "source")
+    values = asdict(recipe)
+    values["pretrain"] |= {"stages": STAGES, "steps_per_stage": 5}
+    for name in ("run_dir", "data_dir", "methods"):
+        del values[name]
+    arms = {"random": {}, "mates": {}, "mates-linear": {"method": "mates", "probe.method": "linear", "select.ratio": 0.25}}
+    path = tmp_path / "made-up.yaml"
+    path.write_text(yaml.safe_dump({"recipe": values, "arms": arms}))
+    return path
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs of tiers leave synthetic artifacts; the list says which steps were made."""
+    made: list[str] = []
+
+    def run_apart(run: Run, workers: int, until: float | None) -> int:
+        if until is not None and run.arm is not None and run.arm.name == "mates-linear":
+            return STOPPED
+        if run.arm is None:
+            build_data(run.recipe)
+        for step in run.steps():
+            if step.verb in STAGE_VERBS and not step_request(run.recipe, step).find():
+                build_step(run.recipe, step)
+                made.append(f"{run}: {step}")
+        return 0
+
+    monkeypatch.setattr(experiment, "run_apart", run_apart)
+    return made
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots stay empty, which is most of the time that results take."""
+    monkeypatch.setattr(flops_to_accuracy, "plot", lambda *_, **__: Figure(figsize=(1, 1)))
+
+
+def call(tier_file: Path, *more: str) -> int:
+    """The benchmark, on a tier."""
+    folder = tier_file.parent
+    return main(["--tier", str(tier_file), "--out", str(folder / "out"), "--results", str(folder / "results"), *more])
+
+
+def found_in(tier_file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((tier_file.parent / "results" / "flops_to_accuracy_made-up.json").read_text())
+    return found
+
+
+def test_arms_share_stage_0_and_results_say_what_each_costs(tier_file: Path, built: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "2", "--arms", "random,mates,mates-linear") == 0
+    out, results = tier_file.parent / "out", tier_file.parent / "results"
+    assert sorted(path.name for path in (out / "seed-0").iterdir()) == ["mates", "mates-linear", "random", "shared-run"]
+    assert (out / "seed-0" / "mates" / "shared").resolve() == (out / "seed-0" / "shared-run" / "shared").resolve()
+    assert sum("stage 0" in step.partition(":")[2] for step in built) == 2 * 3
+    found, name = found_in(tier_file), "flops_to_accuracy_made-up"
+    assert sorted(path.name for path in results.iterdir()) == [f"{name}.{form}" for form in ("csv", "json", "md", "png", "svg")]
+    assert (found["tier"], found["seeds"], list(found["arms"])) == ("made-up", [0, 1], ["mates", "mates-linear", "random"])
+    assert found["arms"]["mates-linear"]["changes"] == {"probe.method": "linear", "select.ratio": 0.25}
+    with (results / f"{name}.csv").open() as handle:
+        lines = list(csv.DictReader(handle))
+    assert len(lines) == 2 * 3 * STAGES
+    for line in lines:
+        for unit in ("flops", "seconds"):
+            parts = {part: float(line[f"{part}_{unit}"]) for part in PARTS}
+            assert float(line["total_flops" if unit == "flops" else "seconds"]) == pytest.approx(sum(parts.values()), rel=1e-12)
+            chosen = int(line["stage"]) if line["arm"] != "random" else 0
+            assert parts["probe"] == pytest.approx(chosen * getattr(COSTS["probe"], unit))
+        assert float(line["selection_flops"]) == pytest.approx(sum(float(line[f"{part}_flops"]) for part in SELECTION))
+    share = found["overhead_share"]
+    overhead_of = 10 * sum(COSTS[part].flops for part in ("probe", "fit", "score"))
+    assert share == pytest.approx(overhead_of / (overhead_of + STAGES * COSTS["pretrain"].flops))
+    assert found["arms"]["mates"]["overhead_share"] == share
+    assert share == pytest.approx(math.fsum(part["share"] for part in found["arms"]["mates"]["overhead"].values()))
+    assert found["flops_ratio"]["median"] == found["arms"]["mates"]["flops_ratio"]["median"]
+    text = found["arms"]["mates"]["flops_ratio_of"]
+    assert list(text) == ["holdout_loss_nats"]  # it gets worse by 1/32 a stage of selection: never reached
+    assert [seed["censored"] for seed in text["holdout_loss_nats"]["per_seed"]] == ["not reached"] * 2
+    assert str(tier_file.parent) not in json.dumps(found)
+    table = (results / f"{name}.md").read_text()
+    assert f"{found['flops_ratio']['median']:.3f}" in table
+    assert [line.split("|")[1].strip() for line in table.splitlines()] == ["arm", "---", "random", "mates", "mates-linear"]
+    assert f"{found['flops_ratio']['median']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_seeds_and_arms_are_added_without_doing_anything_again(tier_file: Path, built: list[str]) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tier_file.parent / "out").rglob("manifest.json")}
+    made = len(built)
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates-linear") == 0
+    assert {step.partition(":")[0] for step in built[made:]} == {"seed 0 mates-linear"}
+    made = len(built)
+    assert call(tier_file, "--seeds", "2", "--arms", "random,mates") == 0
+    assert {step.partition(":")[0] for step in built[made:]} == {"seed 1 stage 0", "seed 1 random", "seed 1 mates"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    found = found_in(tier_file)  # also of the arm that was not asked for last, of the one seed that has it
+    assert {name: values["seeds"] for name, values in found["arms"].items()} == {"random": [0, 1], "mates": [0, 1], "mates-linear": [0]}
+    made = len(built)
+    assert call(tier_file, "--seeds", "2", "--arms", "random,mates") == 0
+    assert len(built) == made
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_budget_stops_and_what_is_complete_is_reported(tier_file: Path, built: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--seeds", "1", "--arms", "random,mates,mates-linear")
+    assert call(tier_file, *arguments, "--budget-minutes", "1") == STOPPED
+    assert "seed 0 mates-linear: 10 of 11 stages are not complete" in capsys.readouterr().err
+    assert set(found_in(tier_file)["arms"]) == {"random", "mates"}
+    made = len(built)
+    assert call(tier_file, *arguments, "--report-only") == 0
+    assert len(built) == made
+    assert call(tier_file, *arguments) == 0
+    assert set(found_in(tier_file)["arms"]) == {"random", "mates", "mates-linear"}
+
+
+def test_data_can_be_made_alone_and_carried(tier_file: Path, tmp_path: Path) -> None:
+    assert call(tier_file, "--data-only") == 0
+    out = tier_file.parent / "out"
+    assert [path.name for path in out.iterdir()] == ["data"]
+    pieces.pack(out / "data", tmp_path / "pieces", 50_000)
+    pieces.unpack(tmp_path / "pieces", tmp_path / "elsewhere" / "data")
+    run = runs_of(load_tier(str(tier_file)), ["random"], 1, tmp_path / "elsewhere")[0]
+    for source in (tier_file.parent / "source").iterdir():
+        source.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        experiment.make_data(run.recipe)
+    assert experiment.is_unpacked(run.recipe)
+    assert not experiment.is_unpacked(runs_of(load_tier(str(tier_file)), ["random"], 1, out)[0].recipe)
+    other = replace(run.recipe, tokenizer=replace(run.recipe.tokenizer, vocab_size=401))
+    with pytest.raises(RecipeError, match=r"tokenizer.vocab_size: found 401, expected 400, which the unpacked data"):
+        experiment.is_unpacked(other)
+    assert step_request(run.recipe, Step("select", "shared", 0)).find() is None, "its inputs are there"
+    assert all(artifact.verify(tmp_path / "elsewhere" / "data" / part) for part in ("tokenizer", "corpus/train", "reference/test"))
+
+
+def test_without_any_complete_run_nothing_is_written(tier_file: Path, built: list[str]) -> None:
+    assert call(tier_file, "--report-only") == 1
+    assert not built
+    assert not (tier_file.parent / "results").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_measured_run_needs_its_weights_no_more(tier_file: Path, built: list[str]) -> None:
+    tier_file.write_text(tier_file.read_text() + "prune: true\n")
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    folder = tier_file.parent / "out" / "seed-0" / "mates"
+    assert not list(folder.glob("mates/*/checkpoint"))
+    assert (folder / "shared" / "stage0" / "checkpoint").is_dir()
+    made, found = len(built), found_in(tier_file)
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    assert len(built) == made
+    assert found_in(tier_file)["arms"] == found["arms"]
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+def test_a_run_of_other_settings_is_not_taken_for_measured(tier_file: Path) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    run = next(run for run in runs_of(load_tier(str(tier_file)), ["mates"], 1, tier_file.parent / "out") if run.arm)
+    assert (run.folder / MEASURED).is_file()
+    other = replace(run, recipe=replace(run.recipe, probe=replace(run.recipe.probe, samples=41)))
+    assert len(measured(run).rows) == STAGES
+    assert [row.stage for row in measured(other).rows] == [0]
+
+
+@pytest.mark.parametrize("change", ["pretrain.lr", "probe.after_decay", "evaluate.decay_steps"])
+def test_an_arm_may_not_change_stage_0(tier_file: Path, change: str) -> None:
+    tier_file.write_text(tier_file.read_text().replace("probe.method:", f"{change}:"))
+    with pytest.raises(RecipeError, match=r"all arms share stage 0"):
+        load_tier(str(tier_file))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--arms", "mates"],
+        ["--arms", "random,mate"],
+        ["--seeds", "0"],
+        ["--tier", "none"],
+        ["--pretrain.stages", "10"],
+        ["--launch.processes", "2"],
+    ],
+)
+def test_bad_options_of_tiers_are_refused(tier_file: Path, options: list[str]) -> None:
+    with pytest.raises(RecipeError, match=options[0].removeprefix("--")):
+        parse_tier(["--tier", str(tier_file), *options])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TIERS.glob("*.yaml")))
+def test_every_tier_is_one(name: str, tmp_path: Path) -> None:
+    tier = load_tier(name)
+    assert {"random", "mates", "mates-static", "dsir", "semdedup", "quality", "perplexity"} <= set(tier.arms)
+    runs = runs_of(tier, list(tier.arms), 1, tmp_path)
+    assert len(runs) == 1 + len(tier.arms)
+    recipes = {run.arm.name: run.recipe for run in runs if run.arm}
+    for method in ("exact", "linear", "centred", "frozen", "corrected"):
+        assert any(recipe.probe.method == method for recipe in recipes.values())
+    for model in ("ngram", "encoder", "cascade"):
+        assert any(recipe.fit.model == model for recipe in recipes.values())
+    assert all(recipe.pretrain.stages > 10 for recipe in recipes.values())
+    assert all(recipe.corpus.metadata_fields == ["source"] for recipe in recipes.values())
+
+
+def test_a_table_in_markdown() -> None:
+    assert markdown([["arm", "seeds"], ["random", "3"]]) == "| arm | seeds |\n|---|--:|\n| random | 3 |\n"
 
 
 def test_absolute_paths_lose_their_folders() -> None:

@@ -38,7 +38,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_figure_is_there(precision: str, in_process: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert probe_throughput.main([*TINY, "--precision", precision, "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()

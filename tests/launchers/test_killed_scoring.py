@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from synthetic_run import build_data, build_step, make_recipe
+from synthetic_run import build_shared, make_recipe
 
 from mates.engine.config import FitConfig, PretrainConfig, Recipe, ScoreConfig
 from mates.engine.data.index import INDEX_FILE
@@ -20,9 +20,8 @@ from mates.engine.distributed import World
 from mates.engine.influence.fit import fit_stage
 from mates.engine.influence.score import score_stage
 from mates.engine.layout import layout_of
-from mates.engine.loop import Step
 from mates.launchers.local import StepFailedError, console_script, run_plain
-from mates.launchers.verbs import write_recipe
+from mates.launchers.recipe import write_recipe
 from mates.preprocess import artifact
 
 KILLS = 20
@@ -37,10 +36,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         score=ScoreConfig(chunk_size=1),
         pretrain=PretrainConfig(sequence_length=32, batch_size=4, micro_batch_size=4, stages=2, steps_per_stage=100, warmup_steps=5),
     )
-    build_data(made)
-    for verb in ("select", "pretrain", "evaluate"):
-        build_step(made, Step(verb, "shared", 0))
-    build_step(made, Step("probe", "mates", 1))
+    build_shared(made, ["mates"], ["probe"])
     fit_stage(made, World(0, 1, torch.device("cpu")), "mates", 1)
     return made
 
@@ -90,6 +86,7 @@ def test_four_processes_select_what_one_does(recipe: Recipe) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)
 def test_twenty_kills(recipe: Recipe, undisturbed: dict[str, bytes]) -> None:
     """One rank of one, two or three is killed a moment after a new file has come; the others end, and what is there is kept."""
     source, directory = random.Random(0), layout_of(recipe).scores("mates", 1)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mates.engine.distributed import PARENT, PROMISED_WORLD_SIZE, process_identity
+from mates.engine.distributed import PARENT, process_identity
+from mates.engine.ranks import PROMISED_WORLD_SIZE
 from mates.launchers.local import StepFailedError, console_script, run_plain, run_with_deepspeed
 
 SUM_OF_RANKS = """

@@ -32,7 +32,8 @@ from mates.engine.random import gumbel
 from mates.engine.reference.task import Reference, open_references
 from mates.engine.select.stage import select_stage
 from mates.launchers.local import console_script, run_plain
-from mates.launchers.verbs import check_paths, check_sizes, chosen_stage, write_recipe
+from mates.launchers.recipe import write_recipe
+from mates.launchers.verbs import check_paths, check_sizes, chosen_stage
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 from mates.preprocess.features import ngram_buckets
@@ -240,7 +241,7 @@ def test_missing_ratings_are_refused_before_any_work(recipe: Recipe) -> None:
 
 
 def test_every_method_of_the_recipe_is_tried_here() -> None:
-    assert set(METHODS) | {"random", "mates", "mates-topk"} == set(Method.__args__)  # type: ignore[attr-defined]
+    assert set(METHODS) | {"random", "mates", "mates-topk", "mates-static"} == set(Method.__args__)  # type: ignore[attr-defined]
     assert Step("score", "dsir", 1) in list(run_steps(Recipe(methods=["dsir"])))
 
 

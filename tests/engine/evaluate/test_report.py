@@ -6,13 +6,13 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from report_pages import Page, rows
 from synthetic_run import EVIL, REFERENCE, build, influences, make_recipe, metrics
 
 from mates.engine.config import Recipe
@@ -24,43 +24,6 @@ from mates.engine.influence.fit import PREDICTIONS_FILE
 from mates.engine.layout import layout_of
 from mates.engine.ledger import collect
 from mates.preprocess import artifact
-
-VOID = {"meta", "br", "img", "hr", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Text by section, tags, attributes, and whether tags are closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not {"style", "pre"} & set(self.open):
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +43,6 @@ def recipe(complete: Recipe, tmp_path: Path) -> Recipe:
     """A copy of the complete run that a test may change."""
     shutil.copytree(complete.run_dir, tmp_path / "run")
     return replace(complete, run_dir=str(tmp_path / "run"))
-
-
-def rows(html: str) -> dict[str, list[str]]:
-    """Cells of all table rows by the text of their first one."""
-    found: dict[str, list[str]] = {}
-    for row in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL):
-        cells = [Page(cell).words for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)]
-        found.setdefault(cells[0], cells[1:])
-    return found
 
 
 def test_the_headline_equals_the_artifacts(complete: Recipe, html: str) -> None:
@@ -145,7 +99,7 @@ def test_stages_show_how_faithful_the_labels_are(html: str) -> None:
         "The best 50% of the test labels by prediction have a mean influence of -0.75 SD, those sampled at temperature 0.5 -0.50, where "
         "chance has +0.00 and the oracle -1.25."
     )
-    drift = " Its predictions agree with those of the stage before by a Spearman of 0.875."
+    drift = " Its predictions agree with those of the model before by a Spearman of 0.875."
     assert words.count(worth) == 2
     assert words.count(worth + drift) == 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import build_data, build_step, make_recipe
+from synthetic_run import build_shared, make_recipe
 
 from mates.engine.config import FitConfig, Recipe, ScoreConfig
 from mates.engine.data.blocks import make_blocks
@@ -33,7 +33,6 @@ from mates.engine.influence.model import Samples, open_model, predict
 from mates.engine.influence.ngrams import BUCKETS, NgramModel, NgramRidge
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
-from mates.engine.loop import Step
 from mates.engine.pretrain.stage import open_train_corpus
 from mates.engine.select.stage import select_stage
 from mates.preprocess import artifact
@@ -100,7 +99,9 @@ def test_what_is_kept_has_a_mean_of_scores_and_what_is_dropped_comes_last(model:
     assert 50 < dropped.sum() < 250
     assert found[~dropped] == pytest.approx(0.25 * rough[~dropped] + 0.75 * read[~dropped], abs=1e-5)
     assert (found[dropped] > found[~dropped].max()).all()
-    assert undropped(found)[dropped] == pytest.approx(rough[dropped], abs=1e-3)
+    assert undropped(found, "cascade")[0][dropped] == pytest.approx(rough[dropped], abs=1e-3)
+    assert undropped(found, "cascade")[1].tolist() == dropped.tolist()
+    assert undropped(found, "dsir")[0] is found
     one_by_one = np.concatenate([predict(model, samples[row : row + 1]) for row in range(40)])
     assert one_by_one == pytest.approx(found[:40], abs=1e-5)
 
@@ -136,10 +137,7 @@ def test_save_and_load(model: CascadeModel, tmp_path: Path) -> None:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run up to the labels of stage 1."""
     made = make_recipe(tmp_path_factory.mktemp("cascade"), fit=FIT)
-    build_data(made)
-    for verb in ("select", "pretrain", "evaluate"):
-        build_step(made, Step(verb, "shared", 0))
-    build_step(made, Step("probe", "mates", 1))
+    build_shared(made, ["mates"], ["probe"])
     return made
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_run import REFERENCE, build_data, build_step, make_recipe
+from synthetic_run import REFERENCE, build_data, build_shared, make_recipe
 
 from mates.engine.baselines.dsir import Dsir
 from mates.engine.baselines.ngram_lm import NgramLanguageModel
-from mates.engine.config import FitConfig, ProbeConfig, Recipe
+from mates.engine.config import CorpusConfig, FitConfig, ProbeConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
 from mates.engine.influence.encoder import EncoderModel, load_encoder
@@ -28,7 +28,6 @@ from mates.engine.influence.features import (
 from mates.engine.influence.fit import fit_stage
 from mates.engine.influence.model import Samples, open_model, predict
 from mates.engine.layout import layout_of
-from mates.engine.loop import Step
 from mates.engine.probe.stage import probed_samples
 from mates.engine.reference.task import open_references
 from mates.preprocess.artifact import ArtifactError
@@ -40,10 +39,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     made = make_recipe(tmp_path_factory.mktemp("features"), fit=FitConfig(hidden_size=32, epochs=1, features=["difficulty", "relevance"]))
-    build_data(made)
-    for verb in ("select", "pretrain", "evaluate"):
-        build_step(made, Step(verb, "shared", 0))
-    build_step(made, Step("probe", "mates", 1))
+    build_shared(made, ["mates"], ["probe"])
     return made
 
 
@@ -66,6 +62,19 @@ def test_they_are_what_they_are_called(recipe: Recipe) -> None:
     assert values == pytest.approx(expected, abs=1e-5)
     assert found.compute(Samples(pool, probed[3:5])).tolist() == values[3:5].tolist()
     assert sum(len(tokens) for tokens in item_tokens(reference)) == len(reference.tokens) + reference.items
+
+
+def test_no_ngrams_are_counted_in_samples_that_a_model_is_fitted_to(tmp_path: Path) -> None:
+    base = make_recipe(tmp_path, corpus=CorpusConfig(inputs=[str(tmp_path / "corpus.jsonl")], pool_share=0.4, holdout_share=0.1))
+    recipe = replace(base, fit=FitConfig(features=["difficulty"], earlier_labels=2), pretrain=replace(base.pretrain, stages=5))
+    build_data(recipe)
+    pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
+    probed = {stage: set(probed_samples(recipe, pool.samples, stage).tolist()) for stage in (1, 2, 3, 4)}
+    everything = set(range(pool.samples))
+    assert set(unprobed_samples(recipe, pool, 4).tolist()) == everything - probed[4] - probed[3] - probed[2]
+    assert set(unprobed_samples(recipe, pool, 1).tolist()) == everything - probed[1]
+    rarely = replace(recipe, probe=replace(recipe.probe, every=3))
+    assert set(unprobed_samples(rarely, pool, 4).tolist()) == everything - probed[4] - probed[1]
 
 
 def test_save_and_load(recipe: Recipe, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from synthetic_run import build_data, build_step, make_recipe
+from synthetic_run import build_shared, build_step, make_recipe
 
 from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.blocks import make_blocks
@@ -34,10 +34,7 @@ LENGTH = 32
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run up to the scores of stage 1."""
     made = make_recipe(tmp_path_factory.mktemp("ngram"), fit=FitConfig(model="ngram"))
-    build_data(made)
-    for verb in ("select", "pretrain", "evaluate"):
-        build_step(made, Step(verb, "shared", 0))
-    build_step(made, Step("probe", "mates", 1))
+    build_shared(made, ["mates"], ["probe"])
     fit_stage(made, WORLD, "mates", 1)
     score_stage(made, WORLD, "mates", 1)
     return made

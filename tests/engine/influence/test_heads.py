@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import stats
-from synthetic_run import REFERENCE, build_data, build_step, make_recipe
+from synthetic_run import REFERENCE, build_shared, make_recipe
 
 from mates.engine.config import FitConfig, Recipe, ReferenceConfig, TaskConfig
 from mates.engine.data.blocks import make_blocks
@@ -55,9 +55,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     more = [TaskConfig(name=name, format="lambada", source=source, items=8) for name in NAMES[1:]]
     reference = ReferenceConfig(source=source, name=REFERENCE, items=8, test_items=16, more=more)
     made = weighted(replace(plain, reference=reference), WEIGHTS)
-    build_data(made)
-    for verb in ("select", "pretrain", "evaluate"):
-        build_step(made, Step(verb, "shared", 0))
+    build_shared(made)
     write_labels(made)
     fit_stage(made, WORLD, "mates", 1)
     score_stage(made, WORLD, "mates", 1)

@@ -108,19 +108,36 @@ def reference_batches() -> list[LabelBatch]:
     return batches
 
 
+def passage_batches() -> list[LabelBatch]:
+    """The same with labels at every position, other ones where the items' own labels are not."""
+    source, batches = np.random.default_rng(2), []
+    for answer in reference_batches():
+        rows = len(answer.tokens)
+        targets = torch.from_numpy(source.integers(0, VOCAB, rows * LENGTH))
+        targets[answer.positions] = answer.targets
+        batches.append(LabelBatch(answer.tokens, torch.arange(rows * LENGTH), targets, torch.arange(rows * LENGTH) // LENGTH))
+    return batches
+
+
 def plain_reference(weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """Loss and accuracy over all batches, from full logits of one model."""
     model = build_model(model_config(resolve_shape(RECIPE.model), VOCAB, 0), RECIPE.seed).eval()
     model.load_state_dict(weights)
-    losses, right, items = [], 0, 0
+    losses, everything, right, items = [], [], 0, 0
     with torch.no_grad():
-        for batch in reference_batches():
-            logits = model(input_ids=batch.tokens).logits.flatten(0, 1)[batch.positions]
+        for batch, passage in zip(reference_batches(), passage_batches(), strict=True):
+            logits = model(input_ids=batch.tokens).logits.flatten(0, 1)
+            everything.append(torch.nn.functional.cross_entropy(logits, passage.targets, reduction="none"))
+            logits = logits[batch.positions]
             losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none"))
             for item in set(batch.items.tolist()):
                 own = batch.items == item
                 items, right = items + 1, right + bool((logits[own].argmax(-1) == batch.targets[own]).all())
-    return {"task.loss_nats": float(torch.cat(losses).mean()), "task.accuracy": right / items}
+    return {
+        "task.loss_nats": float(torch.cat(losses).mean()),
+        "task.accuracy": right / items,
+        "task.passage_loss_nats": float(torch.cat(everything).mean()),
+    }
 
 
 def case(zero_stage: int, precision: str, folder: Path, world: distributed.World) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def case(zero_stage: int, precision: str, folder: Path, world: distributed.World
     checkpoint.load(request.directory, resumed, "checkpoint")
     after = train(resumed, STEPS // 2, STEPS)
     weights = {name: value for name, value, *_ in whole.full_state()}
-    reference = reference_metrics(whole, "task", reference_batches())
+    reference = reference_metrics(whole, "task", reference_batches(), passage_batches())
     result: dict[str, Any] = {
         "losses": losses,
         "resumed_losses": before + after,

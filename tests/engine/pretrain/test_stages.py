@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from synthetic_run import build_data, make_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mates.engine import distributed
 from mates.engine.config import EvaluateConfig, ModelConfig, PretrainConfig, Recipe, RecipeError
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
@@ -32,16 +30,6 @@ from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactMismatchError
 
 STEPS, STAGES, BATCH = 4, 2, 4
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        port = str(distributed.free_port())
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-            patch.setenv(name, value)
-        yield distributed.join(timeout_minutes=2, threads=1)
-        distributed.leave()
 
 
 @pytest.fixture(scope="module")

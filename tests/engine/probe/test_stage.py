@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mates.engine.config import (
     CorpusConfig,
@@ -47,8 +49,10 @@ from mates.engine.probe.stage import (
     read_labels,
 )
 from mates.engine.probe.stage import _joined as joined
+from mates.engine.reference.task import IGNORED, open_reference
 from mates.launchers.local import console_script, run_plain, step_environment
-from mates.launchers.verbs import data_step, stage_step, write_recipe
+from mates.launchers.recipe import write_recipe
+from mates.launchers.verbs import data_step, stage_step
 from mates.preprocess import artifact
 
 ONE_THREAD_ONE_SAMPLE = ("--launch.threads", "1", "--probe.chunk_size", "1")
@@ -62,7 +66,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     recipe = Recipe(
         run_dir=str(run),
         methods=["mates"],
-        corpus=CorpusConfig(sample_bytes=1_500_000, pool_share=0.1, holdout_share=0.05),
+        corpus=CorpusConfig(sample_bytes=2_500_000, pool_share=0.1, holdout_share=0.05),
         tokenizer=TokenizerConfig(vocab_size=512, train_bytes=500_000),
         reference=ReferenceConfig(items=24, test_items=8),
         model=ModelConfig(hidden_size=32, layers=2, heads=2, max_positions=256),
@@ -149,6 +153,28 @@ def test_several_references_are_columns_and_one_label(recipe: Recipe, tmp_path: 
     assert set(manifest.info["fidelity"]["methods"]["linear"]) == {"last-word", "king"}
     shutil.rmtree(directory)
     assert alone.inputs.items() < manifest.inputs.items()
+
+
+def test_losses_over_passages_count_every_token(recipe: Recipe) -> None:
+    """The loss that influences are counted from, against transformers' own model and loss on the items one by one."""
+    whole = replace(recipe, reference=replace(recipe.reference, loss_over="passage"))
+    _, answers = probed(recipe, method="exact", fidelity_samples=0)
+    directory, passages = probed(whole, method="exact", fidelity_samples=0)
+    with pytest.raises(artifact.ArtifactMismatchError):
+        probe_stage(recipe, ALONE, "mates", 1)
+    reference = open_reference(layout_of(recipe).reference("train"))
+    model = AutoModelForCausalLM.from_pretrained(layout_of(recipe).checkpoint("shared", 0) / checkpoint.EXPORT, dtype=torch.float32)
+    losses: dict[str, list[float]] = {"answers": [], "passages": []}
+    for start, stop in itertools.pairwise(reference.offsets.tolist()):
+        text = torch.tensor([*reference.tokens[start:stop].tolist(), int(reference.labels[stop - 1])])[None]
+        with torch.no_grad():
+            each = torch.nn.functional.cross_entropy(model(text).logits[0, :-1], text[0, 1:], reduction="none").tolist()
+        losses["passages"] += each
+        losses["answers"] += [loss for loss, label in zip(each, reference.labels[start:stop], strict=True) if label != IGNORED]
+    for found, expected in ((answers, losses["answers"]), (passages, losses["passages"])):
+        assert found.info["influences"]["last-word"]["baseline_loss_nats"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert len(losses["passages"]) > 5 * len(losses["answers"])
+    shutil.rmtree(directory)
 
 
 def test_ranks_change_no_bit(recipe: Recipe) -> None:

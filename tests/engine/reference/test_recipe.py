@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import synthetic_run
 from mates.engine.config import Recipe, RecipeError, ReferenceConfig, TaskConfig
 from mates.engine.data import steps
 from mates.engine.layout import layout_of
-from mates.engine.reference.task import open_references, reference_folders, reference_weights
+from mates.engine.reference.task import IGNORED, open_references, reference_folders, reference_weights
 from mates.launchers.recipe import dump_recipe, load_recipe, parse_with, recipe_parser
 from mates.launchers.verbs import check_paths
 from mates.preprocess import artifact
@@ -144,6 +145,14 @@ def test_the_step_packs_all_tasks_and_they_open_in_the_recipes_order(tmp_path: P
     assert [artifact.load(folder, "reference") for folder in reference_folders(recipe)] == [reference.manifest for reference in found]
     assert len({tuple(sorted(reference.manifest.info)) for reference in found}) == 1
     assert (layout_of(recipe).data / "reference" / "more" / "zz" / "manifest.json").is_file()
+    whole = open_references(replace(recipe, reference=replace(several, more=[replace(tasks[0], loss_over="passage"), tasks[1]])))
+    assert (whole[0].labels == found[0].labels).all()
+    assert (whole[2].labels == found[2].labels).all()
+    for start, stop in itertools.pairwise(found[1].offsets):  # next tokens, and of the last the answer's
+        assert whole[1].labels[start : stop - 1].tolist() == found[1].tokens[start + 1 : stop].tolist()
+        assert whole[1].labels[stop - 1] == found[1].labels[stop - 1] != IGNORED
+    assert whole[1].sizes == (35, len(found[1].tokens), len(found[1].tokens))
+    assert found[1].sizes[2] == found[1].manifest.info["label_tokens"] < len(found[1].tokens)
     one = replace(recipe, reference=replace(several, more=tasks[1:]))
     assert [reference.name for reference in open_references(one)] == ["made-up", "aa"]
     with pytest.raises(ArtifactError):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import in_threads
-from synthetic_run import build_data, build_step, make_recipe
+from synthetic_run import build_shared, make_recipe
 
 from mates.engine.config import Recipe as Recipes
 from mates.engine.config import RecipeError, SelectConfig
@@ -20,7 +20,6 @@ from mates.engine.data.index import INDEX_FILE, read_index
 from mates.engine.distributed import World
 from mates.engine.influence.score import open_scores
 from mates.engine.layout import layout_of
-from mates.engine.loop import Step
 from mates.engine.pretrain.stage import open_train_corpus
 from mates.engine.random import gumbel
 from mates.engine.select import choose
@@ -43,12 +42,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipes:
         row["url"] = f"https://www.{DOMAINS[number % 3]}:80/{number}" if number % 7 else None
     rows += [rows[number] for number in source.integers(0, len(rows), 60)]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_data(made)
-    for verb in ("select", "pretrain", "evaluate"):
-        build_step(made, Step(verb, "shared", 0))
-    for method in ("mates", "mates-topk"):
-        for verb in ("probe", "fit", "score"):
-            build_step(made, Step(verb, method, 1))
+    build_shared(made, ["mates", "mates-topk"], ["probe", "fit", "score"])
     return made
 
 

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic_run import build_data, build_step, make_recipe
+from synthetic_run import build_shared, make_recipe
 
 from mates.engine.config import Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.index import read_index
 from mates.engine.influence.score import open_scores
 from mates.engine.layout import layout_of
-from mates.engine.loop import Step
 from mates.engine.pretrain.stage import open_train_corpus
 from mates.engine.random import gumbel
 from mates.engine.select import choose
@@ -26,12 +25,7 @@ from mates.preprocess.indexed import open_indexed
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run up to the scores of stage 1 of two methods that choose."""
     made = make_recipe(tmp_path_factory.mktemp("select"), methods=["random", "mates", "mates-topk"])
-    build_data(made)
-    for verb in ("select", "pretrain", "evaluate"):
-        build_step(made, Step(verb, "shared", 0))
-    for method in ("mates", "mates-topk"):
-        for verb in ("probe", "fit", "score"):
-            build_step(made, Step(verb, method, 1))
+    build_shared(made, ["mates", "mates-topk"], ["probe", "fit", "score"])
     return made
 
 

@@ -1,0 +1,371 @@
+"""Arms × seeds × stages of a tier: which runs there are, in which folders, and how they are brought to their end.
+
+A tier is a YAML file of ``benchmarks/tiers``::
+
+    extends: cpu                # optional: another tier, of which this one says only the differences
+    workers: 2                  # runs side by side, each a process with its share of the cores
+    prune: false                # drop the checkpoints of a run once it has been measured
+    recipe: {...}               # as for `mates run`; a path may begin with SHARED_DATA/
+    arms:                       # name: the method (by default the name), and recipe values of the arm's own by dotted name
+      mates: {}
+      mates-exact: {method: mates, probe.method: exact}
+
+Runs lie in ``OUT/seed-K/ARM``. Stage 0 is made once a seed, in ``OUT/seed-K/shared-run``, and each arm's folder has a symbolic link to it:
+the steps find its artifacts there by their fingerprints, and do nothing again. So an arm may change what comes after stage 0 only.
+Tokenizer, corpora and reference in ``OUT/data`` are shared by all seeds.
+
+Data that `pieces.py` has unpacked there is taken as it is: the text that it was made from need not be on the machine.
+
+A run is one process of one rank, in which all steps follow each other: with models this small, a start of the libraries for each step would
+be a large part of the time. It ends when the process that started it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pieces
+import yaml
+from comparison import BASELINE, Arm, measure_arm, missing_stages
+from surroundings import REPOSITORY, SHARED_DATA, without_paths
+
+from mates.engine.config import Method, Recipe, RecipeError, require
+from mates.engine.layout import SHARED, layout_of
+from mates.engine.ledger import collect
+from mates.engine.loop import DATA_VERBS, Step, stage_steps, step_request
+from mates.engine.pretrain.vigilance import STOPPED
+from mates.engine.progress import say
+from mates.launchers.recipe import load_recipe, parse_with, recipe_parser, write_recipe
+from mates.preprocess import artifact
+
+TIERS = REPOSITORY / "benchmarks" / "tiers"
+OF_ARMS = ("probe", "fit", "score", "select", "baselines")
+"""Sections that an arm may have values of its own in."""
+ALSO_OF_ARMS, NOT_OF_ARMS = ("reference.loss_over",), ("probe.after_decay",)
+STAGE0 = "shared-run"
+MEASURED = "measured.json"
+RUN_RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmOf:
+    """An arm of a tier: its method, and recipe values of its own by dotted name."""
+
+    name: str
+    method: Method
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """What is run: see the module's docstring."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    arms: Mapping[str, ArmOf]
+    workers: int = 1
+    prune: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One arm of one seed, or with no arm the seed's stage 0."""
+
+    recipe: Recipe
+    arm: ArmOf | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.recipe.path()
+
+    def __str__(self) -> str:
+        return f"seed {self.recipe.seed} {self.arm.name if self.arm else 'stage 0'}"
+
+    def steps(self) -> Iterator[Step]:
+        """Its steps: the data's and stage 0's, or those of the arm's own stages."""
+        if self.arm is None:
+            yield from (Step(verb) for verb in DATA_VERBS)
+            yield from stage_steps(self.recipe, SHARED, 0)
+        else:
+            for stage in range(1, self.recipe.pretrain.stages):
+                yield from stage_steps(self.recipe, self.arm.method, stage)
+            yield Step("report")
+
+
+# --- tiers and their runs ------------------------------------------------------------------------------------------
+
+
+def load_tier(name: str) -> Tier:
+    """A tier by its name, or a YAML file. RecipeError where it cannot be one."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else TIERS / f"{name}.yaml"
+    known = ", ".join(sorted(found.stem for found in TIERS.glob("*.yaml")))
+    require(path.is_file(), "--tier", name, f"one of {known}, or a YAML file")
+    raw = _placed(_merged_tier(path))
+    unknown = sorted(set(raw) - {"workers", "prune", "recipe", "arms"})
+    require(not unknown, str(path), ", ".join(unknown), "extends, workers, prune, recipe and arms")
+    arms = {arm: _arm_of(arm, dict(values or {})) for arm, values in raw["arms"].items()}
+    require(BASELINE in arms, f"{path}: arms", ", ".join(arms), f"{BASELINE} among them, which others are held against")
+    return Tier(name=path.stem, recipe=raw["recipe"], arms=arms, workers=raw.get("workers", 1), prune=raw.get("prune", False))
+
+
+def _merged_tier(path: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = raw.pop("extends", None)
+    return _merged(_merged_tier(path.with_name(f"{base}.yaml")), raw) if base else raw
+
+
+def _merged(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return base | {key: _merged(base.get(key), value) for key, value in over.items()}
+
+
+def _placed(value: Any) -> Any:
+    """SHARED_DATA/ at the beginning of a path becomes the shared data folder beside the checkout."""
+    if isinstance(value, dict):
+        return {key: _placed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_placed(item) for item in value]
+    return str(SHARED_DATA / value.removeprefix("SHARED_DATA/")) if isinstance(value, str) and value.startswith("SHARED_DATA/") else value
+
+
+def _arm_of(name: str, values: dict[str, Any]) -> ArmOf:
+    method, known = values.pop("method", name), get_args(Method)
+    require(method in known, f"arms.{name}", method, f"a method: {', '.join(known)}")
+    require(Path(name).name == name and name not in (STAGE0, "data"), "arms", name, "a name that can be a folder's")
+    for key in values:
+        good = key in ALSO_OF_ARMS or (key.partition(".")[0] in OF_ARMS and key not in NOT_OF_ARMS)
+        allowed = ", ".join([*OF_ARMS, *ALSO_OF_ARMS])
+        require(good, f"arms.{name}", key, f"values of {allowed} only, without {', '.join(NOT_OF_ARMS)}: all arms share stage 0")
+    return ArmOf(name=name, method=method, changes=values)
+
+
+@cache
+def parse_recipe(values: str, overrides: tuple[str, ...]) -> Recipe:
+    """A recipe from a tier's values, in YAML, and dotted overrides. RecipeError as `mates run`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tier.yaml"
+        path.write_text(values, encoding="utf-8")
+        return parse_with(_parser(), [str(path), *overrides])[0]
+
+
+@cache
+def _parser() -> Any:
+    """One for all arms: making it takes most of a second."""
+    return recipe_parser("run", "")
+
+
+def runs_of(tier: Tier, arms: Sequence[str], seeds: int, out: Path, overrides: Sequence[str] = ()) -> list[Run]:
+    """All runs, seed by seed: stage 0 of a seed before its arms; seeds are counted up from the recipe's own."""
+    values = yaml.safe_dump(dict(tier.recipe))
+    shared = replace(parse_recipe(values, tuple(overrides)), data_dir=str(out / "data"))
+    processes = shared.launch.processes
+    require(processes == 1, "launch.processes", processes, "1: runs of a tier are single processes, several side by side (workers)")
+    own = []
+    for name in arms:
+        arm = tier.arms[name]
+        changed = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arm.changes.items()]
+        recipe = parse_recipe(values, (*overrides, *changed))
+        own.append((arm, replace(recipe, methods=[arm.method], data_dir=shared.data_dir)))
+    runs = []
+    for seed in range(shared.seed, shared.seed + seeds):
+        folder = out / f"seed-{seed}"
+        runs.append(Run(recipe=replace(shared, seed=seed, methods=["random"], run_dir=str(folder / STAGE0))))
+        runs += [Run(arm=arm, recipe=replace(recipe, seed=seed, run_dir=str(folder / arm.name))) for arm, recipe in own]
+    return runs
+
+
+# --- what is there -------------------------------------------------------------------------------------------------
+
+
+def measured(run: Run) -> Arm:
+    """An arm of a seed as far as its artifacts are complete; as it was measured, where it has been complete before."""
+    assert run.arm is not None
+    path, identity = run.folder / MEASURED, artifact.normalise(_identity(run.recipe))
+    if path.is_file():
+        kept = artifact.read_json(path)
+        if kept["recipe"] == identity:
+            return Arm.from_json(kept["arm"])
+    link_stage0(run)
+    arm = measure_arm(run.recipe, collect(run.recipe), run.arm.name, run.arm.method)
+    if not missing_stages(arm, run.recipe.pretrain.stages):
+        artifact.write_json(path, {"recipe": identity, "arm": arm.as_json()})
+    return arm
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What a measured run depends on: not where it lies, nor what its processes were."""
+    return {key: value for key, value in asdict(recipe).items() if key not in ("run_dir", "data_dir", "launch")}
+
+
+def link_stage0(run: Run) -> None:
+    """Let an arm's folder have the seed's stage 0, by a link that holds wherever OUT is moved."""
+    link = run.folder / SHARED
+    if not link.is_symlink():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path("..") / STAGE0 / SHARED, target_is_directory=True)
+
+
+def prune(run: Run) -> None:
+    """Drop the weights of a measured run: nothing that comes later starts from them."""
+    assert run.arm is not None
+    for stage in range(1, run.recipe.pretrain.stages):
+        layout = layout_of(run.recipe)
+        shutil.rmtree(layout.checkpoint(run.arm.method, stage), ignore_errors=True)
+        shutil.rmtree(layout.evaluation(run.arm.method, stage), ignore_errors=True)
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+def bring_to_end(runs: Sequence[Run], *, workers: int, prunes: bool = False, budget_minutes: float | None = None) -> tuple[int, list[str]]:
+    """Run what is not complete, ``workers`` runs side by side.
+
+    Args:
+        runs: of :func:`runs_of`. workers: how many run at the same time.
+        prunes: drop checkpoints of complete runs.
+        budget_minutes: after which no further step is begun.
+
+    Returns:
+        How many runs were stopped for want of time, and the runs that failed.
+    """
+    until = None if budget_minutes is None else time.time() + 60 * budget_minutes
+    first = [run for run in runs if run.arm is None]
+    codes: dict[str, int] = {}
+
+    def work(run: Run) -> None:
+        if run.arm is not None:
+            if not missing_stages(measured(run), run.recipe.pretrain.stages):
+                return
+            if code := codes[str(replace(run, arm=None))]:  # its stage 0 is not there
+                codes[str(run)] = code
+                return
+        codes[str(run)] = run_apart(run, workers, until)
+        if prunes and run.arm is not None and not missing_stages(measured(run), run.recipe.pretrain.stages):
+            prune(run)
+
+    groups = [first[:1], first[1:], [run for run in runs if run.arm is not None]]  # the data is made once
+    with ThreadPoolExecutor(workers) as pool:
+        for group in groups:
+            list(pool.map(work, group))
+    failed = [name for name, code in codes.items() if code not in (0, STOPPED)]
+    return sum(code == STOPPED for code in codes.values()), failed
+
+
+def run_apart(run: Run, workers: int, until: float | None) -> int:
+    """Run in a process of its own, with its share of the cores; its exit code, STOPPED where time was up."""
+    from mates.launchers.local import step_environment
+
+    threads = run.recipe.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    path = run.folder / RUN_RECIPE
+    write_recipe(path, replace(run.recipe, launch=replace(run.recipe.launch, threads=threads)))
+    environment = step_environment(1)
+    environment.pop("PYTHONSAFEPATH")  # this file's own folder holds what it imports
+    command = [sys.executable, __file__, str(path)] + (["--until", str(until)] if until is not None else [])
+    if run.arm is not None:
+        command += ["--arm", json.dumps(asdict(run.arm))]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def make_data(recipe: Recipe) -> None:
+    """Tokenizer, corpora and reference."""
+    from mates.launchers import verbs
+
+    verbs.check_paths(recipe)
+    for verb in DATA_VERBS:
+        verbs.data_step(verb, recipe)
+    artifact.write_json(layout_of(recipe).data / pieces.RECIPE, data_recipe(recipe))
+
+
+def data_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that data is made by, with the last parts of paths only."""
+    sections = {name: asdict(getattr(recipe, name)) for name in ("corpus", "tokenizer", "reference", "model")}
+    del sections["reference"]["loss_over"]
+    found: dict[str, Any] = artifact.normalise(without_paths(sections))
+    return found
+
+
+def is_unpacked(recipe: Recipe) -> bool:
+    """Whether a run's data came in pieces. RecipeError where it is that of another recipe."""
+    data = layout_of(recipe).data
+    if not (data / pieces.LIST).is_file():
+        return False
+    made, asked = artifact.read_json(data / pieces.RECIPE), data_recipe(recipe)
+    for section, values in asked.items():
+        for key, value in values.items():
+            found = made[section].get(key)
+            require(
+                found == value, f"{section}.{key}", value, f"{found!r}, which the unpacked data in {data} was made by; unpack the right one"
+            )
+    return True
+
+
+def run_here(run: Run, until: float | None) -> bool:
+    """All steps that are not done, in this process; whether it came to the end before ``until`` (seconds of the epoch)."""
+    from mates.engine.evaluate.report import write_report
+    from mates.launchers import verbs
+
+    recipe = run.recipe
+    unpacked = is_unpacked(recipe)
+    if run.arm is None and not unpacked:
+        verbs.check_paths(recipe)
+    with verbs.run_lock(recipe.path()), verbs.joined(recipe) as world:
+        for step in run.steps():
+            if step.method is not None and step_request(recipe, step).find():
+                continue
+            if until is not None and time.time() >= until:
+                say(f"{run}: time is up before {step}; the same command goes on")
+                return False
+            if step.verb == "report":
+                write_report(recipe)
+            elif step.method is None or step.stage is None:
+                if not unpacked:
+                    verbs.data_step(step.verb, recipe)
+            else:
+                if (step.verb, step.stage) in (("select", 0), ("probe", 1), ("score", 1)):
+                    verbs.check_sizes(recipe)
+                verbs.ranks_step(world, step.verb, recipe, step.method, step.stage)
+                gc.collect()  # an engine and its optimizer refer to each other
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """A run's own process. Exit codes: as `mates run`."""
+    from mates.launchers.verbs import user_errors
+
+    parser = argparse.ArgumentParser(description="One run of a tier, started by flops_to_accuracy.py", allow_abbrev=False)
+    parser.add_argument("recipe", type=Path, help="the run's recipe")
+    parser.add_argument("--arm", type=json.loads, help="the arm, as JSON; without it the seed's stage 0")
+    parser.add_argument("--until", type=float, help="when no further step is begun, in seconds of the epoch")
+    options = parser.parse_args(arguments)
+    run = Run(recipe=load_recipe(options.recipe), arm=ArmOf(**options.arm) if options.arm else None)
+    try:
+        return 0 if run_here(run, options.until) else STOPPED
+    except RecipeError as error:
+        print(f"{run}: {error}", file=sys.stderr)
+        return 2
+    except user_errors() as error:
+        print(f"{run}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as the verbs: the libraries' own threads were seen to abort a process that had finished
