@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from transformers import PreTrainedModel
 
 from mates.engine.distributed import World
+
+
+@contextmanager
+def one_model_at_a_time() -> Iterator[None]:
+    """transformers swaps methods of its base class while it reads a model: of two threads, one would put back what the other swapped in."""
+    alone, read = threading.RLock(), PreTrainedModel.__dict__["from_pretrained"].__func__
+
+    def from_pretrained(model_class: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
+        with alone:
+            model: PreTrainedModel = read(model_class, *args, **kwargs)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+        yield
 
 
 def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
@@ -37,8 +55,9 @@ def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
         results[rank] = work(Ranks(rank, size, torch.device("cpu")))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with one_model_at_a_time():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return results
