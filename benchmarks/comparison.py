@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -71,10 +71,29 @@ class Row:
             **self.metrics,
         }
 
+    @classmethod
+    def from_line(cls, line: Mapping[str, str]) -> Row:
+        """What :meth:`line` gave, after a CSV. KeyError or ValueError for anything else."""
+        own = cls(seed=0, arm="", method="", stage=0, flops=_NOTHING, seconds=_NOTHING, pretrain_tokens=0, metrics={}).line()
+        return cls(
+            seed=int(line["seed"]),
+            arm=line["arm"],
+            method=line["method"],
+            stage=int(line["stage"]),
+            flops={part: float(line[f"{part}_flops"]) for part in PARTS},
+            seconds={part: float(line[f"{part}_seconds"]) for part in PARTS},
+            pretrain_tokens=int(line["pretrain_tokens"]),
+            metrics={name: float(value) for name, value in line.items() if name not in own},
+        )
+
+
+_NOTHING = dict.fromkeys(PARTS, 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One arm of one seed: its evaluations, and fingerprints of its stage-0 checkpoint and test sets."""
+    """One arm of one seed: its evaluations, fingerprints of its stage-0 checkpoint and test sets, and the machine, versions and commit that
+    it was measured with."""
 
     seed: int
     name: str
@@ -82,6 +101,7 @@ class Arm:
     stage0: str | None
     test_sets: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    surroundings: Json = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"seed {self.seed} {self.name}"

@@ -41,7 +41,7 @@ from typing import Any, get_args
 import pieces
 import yaml
 from comparison import BASELINE, Arm, measure_arm, missing_stages
-from surroundings import REPOSITORY, SHARED_DATA, without_paths
+from surroundings import REPOSITORY, SHARED_DATA, surroundings, without_paths
 
 from mates.engine.config import Method, Recipe, RecipeError, require
 from mates.engine.layout import SHARED, layout_of
@@ -57,7 +57,7 @@ OF_ARMS = ("probe", "fit", "score", "select", "baselines")
 """Sections that an arm may have values of its own in."""
 ALSO_OF_ARMS, NOT_OF_ARMS = ("reference.loss_over",), ("probe.after_decay",)
 STAGE0 = "shared-run"
-MEASURED = "measured.json"
+MEASURED, ELSEWHERE = "measured.json", "elsewhere"
 RUN_RECIPE = "recipe.yaml"
 
 
@@ -204,8 +204,29 @@ def measured(run: Run) -> Arm:
     link_stage0(run)
     arm = measure_arm(run.recipe, collect(run.recipe), run.arm.name, run.arm.method)
     if not missing_stages(arm, run.recipe.pretrain.stages):
+        arm = replace(arm, surroundings=surroundings())
         artifact.write_json(path, {"recipe": identity, "arm": arm.as_json()})
     return arm
+
+
+def take(runs: Sequence[Run], arms: Sequence[Arm]) -> None:
+    """Let runs count as complete that were measured elsewhere: their figures are there, their artifacts are not.
+
+    Args:
+        runs: of :func:`runs_of`, with every one of ``arms`` among them. arms: as they were measured, of the same recipe.
+    """
+    own = {(run.recipe.seed, run.arm.name): run for run in runs if run.arm is not None}
+    for arm in arms:
+        run = own[arm.seed, arm.name]
+        if missing_stages(measured(run), run.recipe.pretrain.stages):
+            kept = {"recipe": artifact.normalise(_identity(run.recipe)), "arm": arm.as_json(), ELSEWHERE: True}
+            artifact.write_json(run.folder / MEASURED, kept)
+
+
+def is_elsewhere(run: Run) -> bool:
+    """Whether :func:`take` says that a run is complete, not its artifacts."""
+    path = run.folder / MEASURED
+    return path.is_file() and artifact.read_json(path).get(ELSEWHERE, False)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
@@ -245,21 +266,19 @@ def bring_to_end(runs: Sequence[Run], *, workers: int, prunes: bool = False, bud
         How many runs were stopped for want of time, and the runs that failed.
     """
     until = None if budget_minutes is None else time.time() + 60 * budget_minutes
-    first = [run for run in runs if run.arm is None]
+    left = [run for run in runs if run.arm is not None and missing_stages(measured(run), run.recipe.pretrain.stages)]
+    first = [run for run in runs if run.arm is None and run.recipe.seed in {one.recipe.seed for one in left}]
     codes: dict[str, int] = {}
 
     def work(run: Run) -> None:
-        if run.arm is not None:
-            if not missing_stages(measured(run), run.recipe.pretrain.stages):
-                return
-            if code := codes[str(replace(run, arm=None))]:  # its stage 0 is not there
-                codes[str(run)] = code
-                return
+        if run.arm is not None and (code := codes[str(replace(run, arm=None))]):  # its stage 0 is not there
+            codes[str(run)] = code
+            return
         codes[str(run)] = run_apart(run, workers, until)
         if prunes and run.arm is not None and not missing_stages(measured(run), run.recipe.pretrain.stages):
             prune(run)
 
-    groups = [first[:1], first[1:], [run for run in runs if run.arm is not None]]  # the data is made once
+    groups = [first[:1], first[1:], left]  # the data is made once
     with ThreadPoolExecutor(workers) as pool:
         for group in groups:
             list(pool.map(work, group))
@@ -305,14 +324,18 @@ def is_unpacked(recipe: Recipe) -> bool:
     data = layout_of(recipe).data
     if not (data / pieces.LIST).is_file():
         return False
-    made, asked = artifact.read_json(data / pieces.RECIPE), data_recipe(recipe)
-    for section, values in asked.items():
-        for key, value in values.items():
-            found = made[section].get(key)
-            require(
-                found == value, f"{section}.{key}", value, f"{found!r}, which the unpacked data in {data} was made by; unpack the right one"
-            )
+    require_same(artifact.read_json(data / pieces.RECIPE), data_recipe(recipe), f"which the unpacked data in {data} was made by")
     return True
+
+
+def require_same(made: Mapping[str, Any], asked: Mapping[str, Any], what: str, name: str = "") -> None:
+    """RecipeError where a value is not that of ``made``, naming the first."""
+    for key in sorted(made.keys() | asked.keys()):
+        found, value, dotted = made.get(key), asked.get(key), f"{name}{key}"
+        if isinstance(found, dict) and isinstance(value, dict):
+            require_same(found, value, what, f"{dotted}.")
+        else:
+            require(found == value, dotted, value, f"{found!r}, {what}")
 
 
 def run_here(run: Run, until: float | None) -> bool:

@@ -6,7 +6,9 @@
 The first form runs arms of a tier (``benchmarks/tiers``): an arm is a method with recipe values of its own. The second runs methods of any
 recipe. Either way all arms of a seed start from one stage-0 checkpoint, all seeds share the data in ``OUT/data``, and finished work is
 skipped: an interrupted benchmark continues, and more seeds or arms can be added later. A tier's results are made from all runs that are
-complete, whichever were asked for this time; ``--budget-minutes`` stops between steps (exit code 75), to go on later.
+complete, whichever were asked for this time; ``--budget-minutes`` stops between steps (exit code 75), to go on later. ``--extend`` adds
+arms or seeds to results whose runs are on another machine, or gone: it takes those as complete, and the gate holds their stage-0
+checkpoint and test sets, by hashes of their contents, against those of the runs that are made here.
 
 A gate comes before any figure: all evaluations of the runs are there and finite, and at each stage all arms had the same pretraining FLOPs
 and tokens, from the same stage-0 checkpoint, measured on the same test sets; else nothing is written and the exit code is 1.
@@ -44,6 +46,7 @@ from comparison import (
     COVERED,
     Arm,
     Json,
+    Row,
     gate,
     last_stage,
     measure,
@@ -52,7 +55,7 @@ from comparison import (
     overhead,
     ratio_to_baseline,
 )
-from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, runs_of
+from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, require_same, runs_of, take
 from matplotlib.figure import Figure
 from plots import STYLE, save_figure
 from scipy import stats
@@ -124,6 +127,7 @@ def tier_summary(tier: Tier, recipe: Recipe, arms: Sequence[Arm]) -> Json:
             **overhead(arms, name),
         }
     main = found.get(MAIN_ARM)
+    made = [{"arm": arm.name, "seed": arm.seed, "stage0": arm.stage0, "test_sets": arm.test_sets} | arm.surroundings for arm in arms]
     return surroundings() | {
         "claim": CLAIM,
         "tier": tier.name,
@@ -132,6 +136,7 @@ def tier_summary(tier: Tier, recipe: Recipe, arms: Sequence[Arm]) -> Json:
         "flops_ratio": main and {key: main["flops_ratio"][key] for key in ("median", "low", "high", "censored")},
         "overhead_share": main and main["overhead_share"],
         "arms": found,
+        "runs": made,
         "recipe": shown(recipe),
     }
 
@@ -148,6 +153,45 @@ def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm], 
         handle.write(lines.getvalue().encode())
     with mpl.rc_context(STYLE):
         save_figure(plot(recipe, arms, bands=bands), folder, name)
+
+
+def read_results(folder: Path, tier: Tier, recipe: Recipe) -> list[Arm]:
+    """The runs that a tier's results hold. ArtifactError where they are not whole, RecipeError where they are of another recipe."""
+    name = f"flops_to_accuracy_{tier.name}"
+    path = folder / f"{name}.csv"
+    found = artifact.read_json(folder / f"{name}.json")
+    try:
+        with path.open(encoding="utf-8", newline="") as handle:
+            rows = [Row.from_line(line) for line in csv.DictReader(handle)]
+        arms = [
+            Arm(
+                seed=run["seed"],
+                name=run["arm"],
+                method=found["arms"][run["arm"]]["method"],
+                stage0=run["stage0"],
+                test_sets=run["test_sets"],
+                rows=[row for row in rows if (row.seed, row.arm) == (run["seed"], run["arm"])],
+                surroundings={key: run[key] for key in surroundings() if key in run},
+            )
+            for run in found["runs"]
+        ]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise artifact.ArtifactError(f"{path}: not the table of {name}.json ({error!r}); take both files from one commit") from None
+    for arm in arms:
+        if missing_stages(arm, found["evaluations"]):
+            raise artifact.ArtifactError(
+                f"{path}: {len(arm.rows)} lines of {arm}, expected {found['evaluations']}; take it and {name}.json from one commit"
+            )
+    what = f"which the results in {folder} are of; give another --results, or leave out --extend"
+    require_same(_of_any_launch(found["recipe"]), _of_any_launch(artifact.normalise(shown(recipe))), what)
+    for arm, values in found["arms"].items():
+        changes = {"method": tier.arms[arm].method, "changes": dict(tier.arms[arm].changes)} if arm in tier.arms else {}
+        require_same({key: values[key] for key in ("method", "changes")}, changes, what, f"arms.{arm}.")
+    return arms
+
+
+def _of_any_launch(recipe: Json) -> Json:
+    return {key: value for key, value in recipe.items() if key != "launch"}
 
 
 # --- plot ----------------------------------------------------------------------------------------------------------
@@ -311,6 +355,9 @@ def parse_tier(arguments: list[str]) -> tuple[argparse.Namespace, Tier, list[Run
     parser.add_argument(
         "--data-only", action="store_true", help="make the tier's data, which pieces.py can carry elsewhere, and nothing else"
     )
+    parser.add_argument(
+        "--extend", action="store_true", help="take the runs that --results holds, wherever they were made, and run what is not among them"
+    )
     _add_common(parser, "runs/flops_to_accuracy_TIER")
     options, overrides = parser.parse_known_args(arguments)
     tier = load_tier(options.tier)
@@ -363,6 +410,11 @@ def run_tier(arguments: list[str]) -> int:
     if options.data_only:
         make_data(runs[0].recipe)
         return 0
+    if options.extend:
+        there, first = read_results(options.results, tier, runs[0].recipe), runs[0].recipe.seed
+        seeds = [arm.seed for arm in there]
+        require(first <= min(seeds), "seed", first, f"at most {min(seeds)}, the first seed of the results that are extended")
+        take(runs_of(tier, names_of(there), max(seeds) - first + 1, options.out, options.overrides), there)
     stopped, failed = 0, list[str]()
     if not options.report_only:
         stopped, failed = bring_to_end(runs, workers=options.workers, prunes=tier.prune, budget_minutes=options.budget_minutes)

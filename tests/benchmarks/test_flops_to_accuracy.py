@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import experiment
 import flops_to_accuracy
 import pieces
+import studies
 from comparison import (
     PARTS,
     SELECTION,
@@ -434,6 +437,60 @@ def test_seeds_and_arms_are_added_without_doing_anything_again(tier_file: Path, 
     made = len(built)
     assert call(tier_file, "--seeds", "2", "--arms", "random,mates") == 0
     assert len(built) == made
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_results_are_extended_where_their_runs_are_not(tier_file: Path, built: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "2", "--arms", "random,mates") == 0
+    shutil.rmtree(tier_file.parent / "out")
+    before, made = found_in(tier_file), len(built)
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates,mates-linear", "--extend") == 0
+    assert {step.partition(":")[0] for step in built[made:]} == {"seed 0 stage 0", "seed 0 mates-linear"}
+    found = found_in(tier_file)
+    assert {name: values["seeds"] for name, values in found["arms"].items()} == {"random": [0, 1], "mates": [0, 1], "mates-linear": [0]}
+    assert {name: found["arms"][name] for name in before["arms"]} == before["arms"]
+    assert [run for run in found["runs"] if run["arm"] != "mates-linear"] == before["runs"]
+    capsys.readouterr()
+    arguments = ["drift", "--tier", str(tier_file), "--seeds", "1", "--out", str(tier_file.parent / "out")]
+    assert studies.main([*arguments, "--results", str(tier_file.parent / "results")]) == 1
+    assert "seed 0 mates: it was measured elsewhere" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+def test_runs_of_another_stage_0_do_not_extend_results(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    shutil.rmtree(tier_file.parent / "out")
+    path = tier_file.parent / "results" / "flops_to_accuracy_made-up.json"
+    before = path.read_text()
+    path.write_text(before.replace(json.loads(before)["runs"][0]["stage0"], "0" * 64))
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates,mates-linear", "--extend") == 1
+    assert "seed 0: the arms do not share one stage-0 checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+def test_results_of_another_recipe_are_not_extended(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates-linear") == 0
+    capsys.readouterr()
+    assert call(tier_file, "--seeds", "1", "--extend", "--pretrain.lr", "0.5") == 2
+    assert re.search(r"pretrain\.lr: found 0\.5, expected 0\.\d+, which the results in .* are of", capsys.readouterr().err)
+    assert call(tier_file, "--seeds", "1", "--extend", "--seed", "1") == 2
+    assert "seed: found 1, expected at most 0" in capsys.readouterr().err
+    tier_file.write_text(tier_file.read_text().replace("select.ratio: 0.25", "select.ratio: 0.75"))
+    assert call(tier_file, "--seeds", "1", "--extend") == 2
+    assert "arms.mates-linear.changes.select.ratio: found 0.75, expected 0.25" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+def test_a_cut_table_is_not_extended(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    path = tier_file.parent / "results" / "flops_to_accuracy_made-up.csv"
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert call(tier_file, "--seeds", "1", "--extend") == 1
+    assert f"{path}: {STAGES - 1} lines of seed 0 mates, expected {STAGES}" in capsys.readouterr().err
+    path.write_text(whole.replace("pretrain_flops", "flops"))
+    assert call(tier_file, "--seeds", "1", "--extend") == 1
+    assert f"{path}: not the table of" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("undrawn")
