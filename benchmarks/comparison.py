@@ -192,6 +192,10 @@ def gate(arms: Sequence[Arm], stages: int) -> list[str]:
         problems += _gate_seed(seed, [arm for arm in arms if arm.seed == seed], stages)
     if len({tuple(sorted(arm.test_sets.items())) for arm in arms}) > 1:
         problems.append("the arms were evaluated on different test sets")
+    names = {name for arm in arms for row in arm.rows for name in row.metrics}
+    for arm in arms:
+        if missing := sorted(names - {name for row in arm.rows for name in row.metrics}):
+            problems.append(f"{arm}: it was evaluated without {', '.join(missing)}, which others have")
     return problems
 
 

@@ -57,7 +57,7 @@ OF_ARMS = ("probe", "fit", "score", "select", "baselines")
 """Sections that an arm may have values of its own in."""
 ALSO_OF_ARMS, NOT_OF_ARMS = ("reference.loss_over",), ("probe.after_decay",)
 STAGE0 = "shared-run"
-MEASURED, ELSEWHERE = "measured.json", "elsewhere"
+MEASURED = "measured.json"
 RUN_RECIPE = "recipe.yaml"
 
 
@@ -209,26 +209,6 @@ def measured(run: Run) -> Arm:
     return arm
 
 
-def take(runs: Sequence[Run], arms: Sequence[Arm]) -> None:
-    """Let runs count as complete that were measured elsewhere: their figures are there, their artifacts are not.
-
-    Args:
-        runs: of :func:`runs_of`, with every one of ``arms`` among them. arms: as they were measured, of the same recipe.
-    """
-    own = {(run.recipe.seed, run.arm.name): run for run in runs if run.arm is not None}
-    for arm in arms:
-        run = own[arm.seed, arm.name]
-        if missing_stages(measured(run), run.recipe.pretrain.stages):
-            kept = {"recipe": artifact.normalise(_identity(run.recipe)), "arm": arm.as_json(), ELSEWHERE: True}
-            artifact.write_json(run.folder / MEASURED, kept)
-
-
-def is_elsewhere(run: Run) -> bool:
-    """Whether :func:`take` says that a run is complete, not its artifacts."""
-    path = run.folder / MEASURED
-    return path.is_file() and artifact.read_json(path).get(ELSEWHERE, False)
-
-
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What a measured run depends on: not where it lies, nor what its processes were."""
     return {key: value for key, value in asdict(recipe).items() if key not in ("run_dir", "data_dir", "launch")}
@@ -254,13 +234,16 @@ def prune(run: Run) -> None:
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def bring_to_end(runs: Sequence[Run], *, workers: int, prunes: bool = False, budget_minutes: float | None = None) -> tuple[int, list[str]]:
+def bring_to_end(
+    runs: Sequence[Run], *, workers: int, prunes: bool = False, budget_minutes: float | None = None, stage0: Mapping[int, str] | None = None
+) -> tuple[int, list[str]]:
     """Run what is not complete, ``workers`` runs side by side.
 
     Args:
         runs: of :func:`runs_of`. workers: how many run at the same time.
         prunes: drop checkpoints of complete runs.
         budget_minutes: after which no further step is begun.
+        stage0: of seeds with runs elsewhere, the fingerprint of their stage-0 checkpoint; arms of a seed whose own is another fail at once.
 
     Returns:
         How many runs were stopped for want of time, and the runs that failed.
@@ -274,6 +257,13 @@ def bring_to_end(runs: Sequence[Run], *, workers: int, prunes: bool = False, bud
         if run.arm is not None and (code := codes[str(replace(run, arm=None))]):  # its stage 0 is not there
             codes[str(run)] = code
             return
+        if run.arm is not None and (expected := (stage0 or {}).get(run.recipe.seed)):
+            found = artifact.load(layout_of(run.recipe).checkpoint(run.arm.method, 0), "checkpoint").fingerprint
+            if found != expected:
+                say(f"{run}: stage 0 here is {found[:12]}, that of the runs to be extended {expected[:12]}; it takes the same versions,")
+                say(f"  kind of processor and threads (here {run.recipe.launch.threads or _threads(workers)}; --launch.threads)")
+                codes[str(run)] = 1
+                return
         codes[str(run)] = run_apart(run, workers, until)
         if prunes and run.arm is not None and not missing_stages(measured(run), run.recipe.pretrain.stages):
             prune(run)
@@ -290,7 +280,7 @@ def run_apart(run: Run, workers: int, until: float | None) -> int:
     """Run in a process of its own, with its share of the cores; its exit code, STOPPED where time was up."""
     from mates.launchers.local import step_environment
 
-    threads = run.recipe.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = run.recipe.launch.threads or _threads(workers)
     path = run.folder / RUN_RECIPE
     write_recipe(path, replace(run.recipe, launch=replace(run.recipe.launch, threads=threads)))
     environment = step_environment(1)
@@ -299,6 +289,10 @@ def run_apart(run: Run, workers: int, until: float | None) -> int:
     if run.arm is not None:
         command += ["--arm", json.dumps(asdict(run.arm))]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _threads(workers: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def make_data(recipe: Recipe) -> None:

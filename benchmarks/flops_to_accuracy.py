@@ -7,8 +7,8 @@ The first form runs arms of a tier (``benchmarks/tiers``): an arm is a method wi
 recipe. Either way all arms of a seed start from one stage-0 checkpoint, all seeds share the data in ``OUT/data``, and finished work is
 skipped: an interrupted benchmark continues, and more seeds or arms can be added later. A tier's results are made from all runs that are
 complete, whichever were asked for this time; ``--budget-minutes`` stops between steps (exit code 75), to go on later. ``--extend`` adds
-arms or seeds to results whose runs are on another machine, or gone: it takes those as complete, and the gate holds their stage-0
-checkpoint and test sets, by hashes of their contents, against those of the runs that are made here.
+arms or seeds to results whose runs are on another machine, or gone: it takes those as complete. An arm that is added to a seed must start
+from the same stage-0 checkpoint, to the bit, which takes the same versions, kind of processor and threads.
 
 A gate comes before any figure: all evaluations of the runs are there and finite, and at each stage all arms had the same pretraining FLOPs
 and tokens, from the same stage-0 checkpoint, measured on the same test sets; else nothing is written and the exit code is 1.
@@ -30,6 +30,7 @@ Writes ``flops_to_accuracy_NAME.{json,csv,png,svg}`` into ``--results``, NAME be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import math
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import matplotlib as mpl
+from blake3 import blake3
 from comparison import (
     BASELINE,
     COVERED,
@@ -55,7 +57,7 @@ from comparison import (
     overhead,
     ratio_to_baseline,
 )
-from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, require_same, runs_of, take
+from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, require_same, runs_of
 from matplotlib.figure import Figure
 from plots import STYLE, save_figure
 from scipy import stats
@@ -117,8 +119,7 @@ def tier_summary(tier: Tier, recipe: Recipe, arms: Sequence[Arm]) -> Json:
     for name in names_of(arms):
         runs = [arm for arm in arms if arm.name == name]
         found[name] = {
-            "method": runs[0].method,
-            "changes": dict(tier.arms[name].changes),
+            "changes": changes_of(tier, name),
             "seeds": [run.seed for run in runs],
             "last_stage": last_stage(arms, name),
             "minus_random": minus_random(arms, name),
@@ -127,7 +128,10 @@ def tier_summary(tier: Tier, recipe: Recipe, arms: Sequence[Arm]) -> Json:
             **overhead(arms, name),
         }
     main = found.get(MAIN_ARM)
-    made = [{"arm": arm.name, "seed": arm.seed, "stage0": arm.stage0, "test_sets": arm.test_sets} | arm.surroundings for arm in arms]
+    made = [
+        {"arm": arm.name, "seed": arm.seed, "stage0": arm.stage0, "test_sets": arm.test_sets, "surroundings": arm.surroundings}
+        for arm in arms
+    ]
     return surroundings() | {
         "claim": CLAIM,
         "tier": tier.name,
@@ -143,51 +147,56 @@ def tier_summary(tier: Tier, recipe: Recipe, arms: Sequence[Arm]) -> Json:
 
 def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm], found: Json, *, bands: bool = False) -> None:
     """Write NAME.json, .csv, .png and .svg; ``bands`` as for :func:`plot`."""
-    artifact.write_json(folder / f"{name}.json", found)
     rows = table(arms)
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    lines = text.getvalue().encode()
     with artifact.atomic_file(folder / f"{name}.csv") as handle:
-        handle.write(lines.getvalue().encode())
+        handle.write(lines)
     with mpl.rc_context(STYLE):
         save_figure(plot(recipe, arms, bands=bands), folder, name)
+    artifact.write_json(folder / f"{name}.json", found | {"table_blake3": blake3(lines).hexdigest()})
 
 
 def read_results(folder: Path, tier: Tier, recipe: Recipe) -> list[Arm]:
     """The runs that a tier's results hold. ArtifactError where they are not whole, RecipeError where they are of another recipe."""
     name = f"flops_to_accuracy_{tier.name}"
-    path = folder / f"{name}.csv"
-    found = artifact.read_json(folder / f"{name}.json")
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            rows = [Row.from_line(line) for line in csv.DictReader(handle)]
-        arms = [
-            Arm(
-                seed=run["seed"],
-                name=run["arm"],
-                method=found["arms"][run["arm"]]["method"],
-                stage0=run["stage0"],
-                test_sets=run["test_sets"],
-                rows=[row for row in rows if (row.seed, row.arm) == (run["seed"], run["arm"])],
-                surroundings={key: run[key] for key in surroundings() if key in run},
-            )
-            for run in found["runs"]
-        ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise artifact.ArtifactError(f"{path}: not the table of {name}.json ({error!r}); take both files from one commit") from None
-    for arm in arms:
-        if missing_stages(arm, found["evaluations"]):
-            raise artifact.ArtifactError(
-                f"{path}: {len(arm.rows)} lines of {arm}, expected {found['evaluations']}; take it and {name}.json from one commit"
-            )
+    path = folder / f"{name}.json"
+    found = artifact.read_json(path)
+    if "runs" not in found:
+        raise artifact.ArtifactError(
+            f"{path}: results of an earlier version, without `runs`; write them again where the runs are (--report-only)"
+        )
+    table = (folder / f"{name}.csv").read_bytes()
+    if blake3(table).hexdigest() != found["table_blake3"]:
+        raise artifact.ArtifactError(
+            f"{folder / name}.csv: not the table of {path.name} (another BLAKE3 digest); take both files from one commit"
+        )
     what = f"which the results in {folder} are of; give another --results, or leave out --extend"
+    require(set(found["arms"]) <= set(tier.arms), "arms", ", ".join(tier.arms), f"{', '.join(found['arms'])}, {what}")
     require_same(_of_any_launch(found["recipe"]), _of_any_launch(artifact.normalise(shown(recipe))), what)
     for arm, values in found["arms"].items():
-        changes = {"method": tier.arms[arm].method, "changes": dict(tier.arms[arm].changes)} if arm in tier.arms else {}
-        require_same({key: values[key] for key in ("method", "changes")}, changes, what, f"arms.{arm}.")
-    return arms
+        require_same(values["changes"], changes_of(tier, arm), what, f"arms.{arm}.")
+    rows = [Row.from_line(line) for line in csv.DictReader(io.StringIO(table.decode()))]
+    return [
+        Arm(
+            seed=run["seed"],
+            name=run["arm"],
+            method=tier.arms[run["arm"]].method,
+            stage0=run["stage0"],
+            test_sets=run["test_sets"],
+            rows=[row for row in rows if (row.seed, row.arm) == (run["seed"], run["arm"])],
+            surroundings=run["surroundings"],
+        )
+        for run in found["runs"]
+    ]
+
+
+def changes_of(tier: Tier, arm: str) -> Json:
+    """An arm's method and own recipe values, as results show them."""
+    return {"method": tier.arms[arm].method, **without_paths(dict(tier.arms[arm].changes))}
 
 
 def _of_any_launch(recipe: Json) -> Json:
@@ -375,18 +384,18 @@ def parse_tier(arguments: list[str]) -> tuple[argparse.Namespace, Tier, list[Run
     return options, tier, runs
 
 
-def complete_arms(tier: Tier, options: argparse.Namespace, runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
-    """All arms that are complete below ``--out``, of seeds whose random is, whether they were asked for now or not; and why others are left
-    out, a line each."""
+def complete_arms(tier: Tier, options: argparse.Namespace, runs: Sequence[Run], taken: Sequence[Arm] = ()) -> tuple[list[Arm], list[str]]:
+    """All arms that are complete below ``--out`` or ``taken`` from results, of seeds whose random is, whether they were asked for now or
+    not; and why others are left out, a line each."""
     asked = {str(run) for run in runs}
     first = runs[0].recipe.seed
     there = [int(path.name.removeprefix("seed-")) for path in options.out.glob("seed-*")]
     seeds = max([options.seeds, *(seed - first + 1 for seed in there)])
-    found: list[Arm] = []
+    found = {str(arm): arm for arm in taken}
     left_out = []
     arms = [name for name in tier.arms if any(options.out.glob(f"seed-*/{name}")) or any(run.arm and run.arm.name == name for run in runs)]
     for run in runs_of(tier, arms, seeds, options.out, options.overrides):
-        if run.arm is None:
+        if run.arm is None or str(run) in found:
             continue
         if not run.folder.is_dir():
             left_out += [f"{run}: not begun"] if str(run) in asked else []
@@ -394,13 +403,13 @@ def complete_arms(tier: Tier, options: argparse.Namespace, runs: Sequence[Run]) 
         arm = measured(run)
         missing = missing_stages(arm, run.recipe.pretrain.stages)
         if not missing:
-            found.append(arm)
+            found[str(arm)] = arm
         else:
             left_out.append(f"{run}: {len(missing)} of {run.recipe.pretrain.stages} stages are not complete")
-    whole = {arm.seed for arm in found if arm.name == BASELINE}
-    left_out += [f"{arm}: {BASELINE} of this seed is not complete" for arm in found if arm.seed not in whole]
-    order = names_of([arm for arm in found if arm.name == BASELINE] + found)
-    kept = [arm for arm in found if arm.seed in whole]
+    whole = {arm.seed for arm in found.values() if arm.name == BASELINE}
+    left_out += [f"{arm}: {BASELINE} of this seed is not complete" for arm in found.values() if arm.seed not in whole]
+    order = [BASELINE, *tier.arms]
+    kept = [arm for arm in found.values() if arm.seed in whole]
     return sorted(kept, key=lambda arm: (order.index(arm.name), arm.seed)), left_out
 
 
@@ -410,31 +419,50 @@ def run_tier(arguments: list[str]) -> int:
     if options.data_only:
         make_data(runs[0].recipe)
         return 0
-    if options.extend:
-        there, first = read_results(options.results, tier, runs[0].recipe), runs[0].recipe.seed
-        seeds = [arm.seed for arm in there]
-        require(first <= min(seeds), "seed", first, f"at most {min(seeds)}, the first seed of the results that are extended")
-        take(runs_of(tier, names_of(there), max(seeds) - first + 1, options.out, options.overrides), there)
+    taken = read_results(options.results, tier, runs[0].recipe) if options.extend else []
+    if taken:
+        _tell("taken from the results, of which nothing is run here:", [f"{arm}, {_made_by(arm)}" for arm in taken])
     stopped, failed = 0, list[str]()
     if not options.report_only:
-        stopped, failed = bring_to_end(runs, workers=options.workers, prunes=tier.prune, budget_minutes=options.budget_minutes)
-    arms, left_out = complete_arms(tier, options, runs)
-    if left_out:
-        print("\n  ".join(["flops_to_accuracy: left out:", *left_out]), file=sys.stderr)
+        there = {str(arm) for arm in taken}
+        stopped, failed = bring_to_end(
+            [run for run in runs if str(run) not in there],
+            workers=options.workers,
+            prunes=tier.prune,
+            budget_minutes=options.budget_minutes,
+            stage0={arm.seed: arm.stage0 for arm in taken if arm.stage0},
+        )
+    arms, left_out = complete_arms(tier, options, runs, taken)
+    _tell("left out:", left_out)
     is_written = bool(arms) and not close_gate(arms, runs[0].recipe.pretrain.stages)
     if is_written:
         write_tier(tier, runs[0].recipe, arms, options.results)
-    if failed:
-        print("\n  ".join(["flops_to_accuracy: failed, their own messages stand above:", *failed]), file=sys.stderr)
+    _tell("failed, their own messages stand above:", failed)
     if stopped and not failed:
         return STOPPED
     return 0 if is_written and not failed else 1
+
+
+def _tell(what: str, lines: Sequence[str]) -> None:
+    if lines:
+        print("\n  ".join([f"flops_to_accuracy: {what}", *lines]), file=sys.stderr)
+
+
+def _made_by(arm: Arm) -> str:
+    made = arm.surroundings
+    return f"commit {((made.get('git') or {}).get('commit') or 'unknown')[:12]}, {made.get('machine', {}).get('cpu', 'machine unknown')}"
 
 
 def write_tier(tier: Tier, recipe: Recipe, arms: Sequence[Arm], folder: Path) -> None:
     """Write a tier's results, and print their table."""
     name, found = f"flops_to_accuracy_{tier.name}", tier_summary(tier, recipe, arms)
     rows = tier_table(recipe, found)
+    with contextlib.suppress(artifact.ArtifactError):
+        old = artifact.read_json(folder / f"{name}.json").get("runs", [])
+        gone = [
+            f"seed {run['seed']} {run['arm']}" for run in old if (run["seed"], run["arm"]) not in {(arm.seed, arm.name) for arm in arms}
+        ]
+        _tell("no longer among the results, which held them (--extend keeps what is there):", gone)
     write_results(folder, name, recipe, arms, found, bands=True)
     with artifact.atomic_file(folder / f"{name}.md") as handle:
         handle.write(markdown(rows).encode())

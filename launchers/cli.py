@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return verbs.VERBS[name].run(rest)
+    except SystemExit:  # of --help: whatever else is caught is imported first
+        raise
     except StopRequestedError as stop:
         print(f"mates {name}: {stop}", file=sys.stderr)
         return STOPPED

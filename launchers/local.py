@@ -46,6 +46,9 @@ class StopForwarding:
 
 
 STOPPING = StopForwarding()
+KEEP_MEMORY = ":".join(f"glibc.malloc.{name}" for name in ("mmap_max=0", "trim_threshold=17179869184", "top_pad=67108864", "hugetlb=1"))
+"""For ranks on CPUs: freed memory is kept for the next tensor, in large pages. By default glibc maps every tensor of more than 32 MiB anew,
+and its pages are faulted in again: with 32 × 128 tokens and a vocabulary of 4,096 that was a quarter of a training step."""
 RANK_VARIABLES = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
 """Which of them a process has only where it is a rank."""
 
@@ -79,6 +82,8 @@ def step_environment(processes: int, *, follows: bool = True) -> dict[str, str]:
         # the environment's own ninja first: two versions on the path make DeepSpeed rebuild its operators at every start
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+    if environment["DS_ACCELERATOR"] == "cpu":
+        environment.setdefault("GLIBC_TUNABLES", KEEP_MEMORY)
     if identity:
         environment[PARENT] = identity
     return environment

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from mates.engine.influence.model import Windows
@@ -49,6 +47,9 @@ class QualityClassifier:
         Raises:
             ValueError: no positives or no negatives, or an optimum that was not found.
         """
+        from sklearn.exceptions import ConvergenceWarning  # takes seconds, which every command would wait for
+        from sklearn.linear_model import LogisticRegression
+
         if not (len(positives) and len(negatives)):
             raise ValueError(f"{len(positives)} positive and {len(negatives)} negative samples, expected some of both")
         features = sparse.vstack([*_features(positives), *_features(negatives)], format="csr")

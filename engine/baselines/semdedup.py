@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
 from mates.engine.random import KeyedPermutation, key_of
@@ -40,6 +39,8 @@ def cluster(embeddings: Embeddings, clusters: int, seed: int) -> Clusters:
     Raises:
         ValueError: an embedding that is zero or not finite, or fewer samples than clusters.
     """
+    from sklearn.cluster import MiniBatchKMeans  # takes seconds, which every command would wait for
+
     n = len(embeddings)
     chosen = np.sort(KeyedPermutation(n, seed, "semdedup-fit")(np.arange(min(n, FITTED))))
     # one thread: sums of several would depend on how many there are

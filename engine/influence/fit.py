@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from scipy import sparse, stats
+from scipy import sparse
 
 from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.corpus import open_corpus
@@ -76,6 +76,8 @@ def check_parts(parts: dict[str, npt.NDArray[np.int64]]) -> None:
 
 def agreement(predicted: npt.NDArray[np.floating[Any]], oracle: npt.NDArray[np.floating[Any]]) -> dict[str, float | None]:
     """Spearman's and Pearson's correlation; None where one side is constant or there are fewer than three points."""
+    from scipy import stats  # takes a second, which every command would wait for
+
     if len(predicted) < 3 or np.ptp(predicted) == 0 or np.ptp(oracle) == 0:
         return {"spearman": None, "pearson": None}
     return {
@@ -100,6 +102,8 @@ def selected_influence(predicted: Floats, oracle: Floats, ratio: float, temperat
 
 def calibration(predicted: Floats, oracle: Floats) -> dict[str, float | None]:
     """Slope and intercept of the oracle's influences on predictions: 1 and 0 where predictions are right in size too."""
+    from scipy import stats
+
     if len(predicted) < 3 or np.ptp(predicted) == 0:
         return {"slope": None, "intercept": None}
     line = stats.linregress(predicted, oracle)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from mates.engine.random import bits
 
@@ -43,6 +42,8 @@ class Fidelity:
 
 def spearman(first: Floats, second: Floats) -> Floats:
     """Rank correlation along the last axis; nan where one side is constant."""
+    from scipy import stats  # takes a second, which every command would wait for
+
     return pearson(stats.rankdata(first, axis=-1), stats.rankdata(second, axis=-1))
 
 

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import experiment
 import flops_to_accuracy
 import pieces
-import studies
 from comparison import (
     PARTS,
     SELECTION,
@@ -237,6 +236,7 @@ def test_the_gate_is_open_for_equal_arms() -> None:
         (edited(lambda row: replace(row, flops=row.flops | {"probe": math.inf})), "total_flops not finite"),
         (edited(lambda row: replace(row, flops=row.flops | {"pretrain": 2.1e12})), "stage 1: pretraining differs"),
         (edited(lambda row: replace(row, pretrain_tokens=201)), "stage 1: pretraining differs"),
+        (edited(lambda row: replace(row, metrics=row.metrics | {"more": 1.0})), "random: it was evaluated without more, which others have"),
     ],
 )
 def test_the_gate_names_what_may_not_be_compared(arms: list[Arm], reason: str) -> None:
@@ -394,7 +394,7 @@ def test_arms_share_stage_0_and_results_say_what_each_costs(tier_file: Path, bui
     found, name = found_in(tier_file), "flops_to_accuracy_made-up"
     assert sorted(path.name for path in results.iterdir()) == [f"{name}.{form}" for form in ("csv", "json", "md", "png", "svg")]
     assert (found["tier"], found["seeds"], list(found["arms"])) == ("made-up", [0, 1], ["mates", "mates-linear", "random"])
-    assert found["arms"]["mates-linear"]["changes"] == {"probe.method": "linear", "select.ratio": 0.25}
+    assert found["arms"]["mates-linear"]["changes"] == {"method": "mates", "probe.method": "linear", "select.ratio": 0.25}
     with (results / f"{name}.csv").open() as handle:
         lines = list(csv.DictReader(handle))
     assert len(lines) == 2 * 3 * STAGES
@@ -450,21 +450,34 @@ def test_results_are_extended_where_their_runs_are_not(tier_file: Path, built: l
     assert {name: values["seeds"] for name, values in found["arms"].items()} == {"random": [0, 1], "mates": [0, 1], "mates-linear": [0]}
     assert {name: found["arms"][name] for name in before["arms"]} == before["arms"]
     assert [run for run in found["runs"] if run["arm"] != "mates-linear"] == before["runs"]
-    capsys.readouterr()
-    arguments = ["drift", "--tier", str(tier_file), "--seeds", "1", "--out", str(tier_file.parent / "out")]
-    assert studies.main([*arguments, "--results", str(tier_file.parent / "results")]) == 1
-    assert "seed 0 mates: it was measured elsewhere" in capsys.readouterr().err
+    assert "seed 1 mates, commit " in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("built", "undrawn")
-def test_runs_of_another_stage_0_do_not_extend_results(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_without_being_asked_results_are_not_read(tier_file: Path, built: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "2", "--arms", "random,mates") == 0
+    shutil.rmtree(tier_file.parent / "out")
+    made = len(built)
+    assert call(tier_file, "--seeds", "2", "--extend", "--arms", "random,mates") == 0
+    assert len(built) == made
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    assert {step.partition(":")[0] for step in built[made:]} == {"seed 0 stage 0", "seed 0 random", "seed 0 mates"}
+    assert found_in(tier_file)["seeds"] == [0]
+    assert capsys.readouterr().err.splitlines()[-2:] == ["  seed 1 random", "  seed 1 mates"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_arms_of_another_stage_0_do_not_extend_results(tier_file: Path, built: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
     shutil.rmtree(tier_file.parent / "out")
     path = tier_file.parent / "results" / "flops_to_accuracy_made-up.json"
-    before = path.read_text()
-    path.write_text(before.replace(json.loads(before)["runs"][0]["stage0"], "0" * 64))
+    path.write_text(path.read_text().replace(found_in(tier_file)["runs"][0]["stage0"], "0" * 64))
+    before, made = path.read_text(), len(built)
     assert call(tier_file, "--seeds", "1", "--arms", "random,mates,mates-linear", "--extend") == 1
-    assert "seed 0: the arms do not share one stage-0 checkpoint" in capsys.readouterr().err
+    assert {step.partition(":")[0] for step in built[made:]} == {"seed 0 stage 0"}
+    assert "that of the runs to be extended 000000000000" in capsys.readouterr().out
+    assert found_in(tier_file)["runs"] == json.loads(before)["runs"]
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates,mates-linear") == 0
 
 
 @pytest.mark.usefixtures("built", "undrawn")
@@ -473,24 +486,27 @@ def test_results_of_another_recipe_are_not_extended(tier_file: Path, capsys: pyt
     capsys.readouterr()
     assert call(tier_file, "--seeds", "1", "--extend", "--pretrain.lr", "0.5") == 2
     assert re.search(r"pretrain\.lr: found 0\.5, expected 0\.\d+, which the results in .* are of", capsys.readouterr().err)
-    assert call(tier_file, "--seeds", "1", "--extend", "--seed", "1") == 2
-    assert "seed: found 1, expected at most 0" in capsys.readouterr().err
     tier_file.write_text(tier_file.read_text().replace("select.ratio: 0.25", "select.ratio: 0.75"))
     assert call(tier_file, "--seeds", "1", "--extend") == 2
-    assert "arms.mates-linear.changes.select.ratio: found 0.75, expected 0.25" in capsys.readouterr().err
+    assert "arms.mates-linear.select.ratio: found 0.75, expected 0.25" in capsys.readouterr().err
+    tier_file.write_text(tier_file.read_text().replace("mates-linear:", "mates-quick:"))
+    assert call(tier_file, "--seeds", "1", "--extend") == 2
+    assert "arms: found random, mates, mates-quick, expected mates-linear, random, which" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("built", "undrawn")
-def test_a_cut_table_is_not_extended(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_table_is_not_extended(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
-    path = tier_file.parent / "results" / "flops_to_accuracy_made-up.csv"
-    whole = path.read_text()
-    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    table = tier_file.parent / "results" / "flops_to_accuracy_made-up.csv"
+    whole = table.read_text()
+    table.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     assert call(tier_file, "--seeds", "1", "--extend") == 1
-    assert f"{path}: {STAGES - 1} lines of seed 0 mates, expected {STAGES}" in capsys.readouterr().err
-    path.write_text(whole.replace("pretrain_flops", "flops"))
+    assert f"{table}: not the table of flops_to_accuracy_made-up.json" in capsys.readouterr().err
+    table.write_text(whole)
+    path = table.with_suffix(".json")
+    path.write_text(json.dumps({key: value for key, value in found_in(tier_file).items() if key != "runs"}))
     assert call(tier_file, "--seeds", "1", "--extend") == 1
-    assert f"{path}: not the table of" in capsys.readouterr().err
+    assert f"{path}: results of an earlier version" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("undrawn")
