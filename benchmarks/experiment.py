@@ -27,6 +27,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,8 @@ def load_tier(name: str) -> Tier:
     raw = _placed(_merged_tier(path))
     unknown = sorted(set(raw) - {"workers", "prune", "recipe", "arms"})
     require(not unknown, str(path), ", ".join(unknown), "extends, workers, prune, recipe and arms")
+    for section in ("recipe", "arms"):
+        require(isinstance(raw.get(section), dict), f"{path}: {section}", raw.get(section), "a mapping, here or in the tier it extends")
     arms = {arm: _arm_of(arm, dict(values or {})) for arm, values in raw["arms"].items()}
     require(BASELINE in arms, f"{path}: arms", ", ".join(arms), f"{BASELINE} among them, which others are held against")
     return Tier(name=path.stem, recipe=raw["recipe"], arms=arms, workers=raw.get("workers", 1), prune=raw.get("prune", False))
@@ -126,7 +129,12 @@ def load_tier(name: str) -> Tier:
 def _merged_tier(path: Path) -> dict[str, Any]:
     raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     base = raw.pop("extends", None)
-    return _merged(_merged_tier(path.with_name(f"{base}.yaml")), raw) if base else raw
+    if not base:
+        return raw
+    found = [folder / f"{base}.yaml" for folder in (path.parent, TIERS) if (folder / f"{base}.yaml").is_file()]
+    require(bool(found), f"{path}: extends", base, f"a tier beside it or in {TIERS}")
+    merged: dict[str, Any] = _merged(_merged_tier(found[0]), raw)
+    return merged
 
 
 def _merged(base: Any, over: Any) -> Any:
@@ -254,8 +262,7 @@ def bring_to_end(
     codes: dict[str, int] = {}
 
     def work(run: Run) -> None:
-        if run.arm is not None and (code := codes[str(replace(run, arm=None))]):  # its stage 0 is not there
-            codes[str(run)] = code
+        if run.arm is not None and codes[str(replace(run, arm=None))]:  # its stage 0 is not there
             return
         if run.arm is not None and (expected := (stage0 or {}).get(run.recipe.seed)):
             found = artifact.load(layout_of(run.recipe).checkpoint(run.arm.method, 0), "checkpoint").fingerprint
@@ -288,7 +295,24 @@ def run_apart(run: Run, workers: int, until: float | None) -> int:
     command = [sys.executable, __file__, str(path)] + (["--until", str(until)] if until is not None else [])
     if run.arm is not None:
         command += ["--arm", json.dumps(asdict(run.arm))]
-    return subprocess.run(command, env=environment, check=False).returncode
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code < 0:
+        say(f"{run}: ended by {signal.Signals(-code).name}; the same command goes on")
+    return code
+
+
+def other_settings(run: Run) -> str | None:
+    """In which value a run's folder is of another recipe than now; None where it is of none, or of this one."""
+    path = run.folder / RUN_RECIPE
+    if not path.is_file():
+        return None
+    try:
+        require_same(
+            artifact.normalise(_identity(load_recipe(path))), artifact.normalise(_identity(run.recipe)), f"which {run.folder} was made by"
+        )
+    except RecipeError as error:
+        return str(error)
+    return None
 
 
 def _threads(workers: int) -> int:
@@ -303,6 +327,14 @@ def make_data(recipe: Recipe) -> None:
     for verb in DATA_VERBS:
         verbs.data_step(verb, recipe)
     artifact.write_json(layout_of(recipe).data / pieces.RECIPE, data_recipe(recipe))
+
+
+def require_text(recipe: Recipe) -> None:
+    """RecipeError where a tier's text would be the shared data, and that is neither here nor in pieces."""
+    gone = [path for path in (*recipe.corpus.inputs, recipe.reference.source) if Path(path).is_relative_to(SHARED_DATA)]
+    if gone and not SHARED_DATA.is_dir() and not is_unpacked(recipe):
+        expected = "that folder beside the checkout; or give text of your own (--corpus.inputs, --reference.source)"
+        raise RecipeError(f"SHARED_DATA: no folder {SHARED_DATA} for {', '.join(gone)}; expected {expected}")
 
 
 def data_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -57,7 +57,7 @@ from comparison import (
     overhead,
     ratio_to_baseline,
 )
-from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, require_same, runs_of
+from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, other_settings, require_same, require_text, runs_of
 from matplotlib.figure import Figure
 from plots import STYLE, save_figure
 from scipy import stats
@@ -123,8 +123,8 @@ def tier_summary(tier: Tier, recipe: Recipe, arms: Sequence[Arm]) -> Json:
             "seeds": [run.seed for run in runs],
             "last_stage": last_stage(arms, name),
             "minus_random": minus_random(arms, name),
-            "flops_ratio": None if name == BASELINE else ratio_to_baseline(arms, name, loss_of(recipe)),
-            "flops_ratio_of": {} if name == BASELINE else {loss: ratio_to_baseline(arms, name, loss) for loss in further_losses(recipe)},
+            "flops_ratio": ratio_to_baseline(arms, name, loss_of(recipe)),
+            "flops_ratio_of": {loss: ratio_to_baseline(arms, name, loss) for loss in further_losses(recipe)},
             **overhead(arms, name),
         }
     main = found.get(MAIN_ARM)
@@ -160,10 +160,12 @@ def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm], 
     artifact.write_json(folder / f"{name}.json", found | {"table_blake3": blake3(lines).hexdigest()})
 
 
-def read_results(folder: Path, tier: Tier, recipe: Recipe) -> list[Arm]:
-    """The runs that a tier's results hold. ArtifactError where they are not whole, RecipeError where they are of another recipe."""
+def read_results(folder: Path, tier: Tier) -> list[Arm]:
+    """The runs that a tier's results hold. ArtifactError where they are not whole, RecipeError where they have other arms than the tier."""
     name = f"flops_to_accuracy_{tier.name}"
     path = folder / f"{name}.json"
+    if not path.is_file():
+        raise artifact.ArtifactError(f"{path}: no such file; name the folder of the results with --results, or leave out --extend")
     found = artifact.read_json(path)
     if "runs" not in found:
         raise artifact.ArtifactError(
@@ -174,9 +176,8 @@ def read_results(folder: Path, tier: Tier, recipe: Recipe) -> list[Arm]:
         raise artifact.ArtifactError(
             f"{folder / name}.csv: not the table of {path.name} (another BLAKE3 digest); take both files from one commit"
         )
-    what = f"which the results in {folder} are of; give another --results, or leave out --extend"
+    what = _of_results(folder)
     require(set(found["arms"]) <= set(tier.arms), "arms", ", ".join(tier.arms), f"{', '.join(found['arms'])}, {what}")
-    require_same(_of_any_launch(found["recipe"]), _of_any_launch(artifact.normalise(shown(recipe))), what)
     for arm, values in found["arms"].items():
         require_same(values["changes"], changes_of(tier, arm), what, f"arms.{arm}.")
     rows = [Row.from_line(line) for line in csv.DictReader(io.StringIO(table.decode()))]
@@ -192,6 +193,18 @@ def read_results(folder: Path, tier: Tier, recipe: Recipe) -> list[Arm]:
         )
         for run in found["runs"]
     ]
+
+
+def spare_results(folder: Path, tier: Tier, recipe: Recipe) -> None:
+    """RecipeError where results of another recipe would be overwritten."""
+    path = folder / f"flops_to_accuracy_{tier.name}.json"
+    if path.is_file():
+        made, asked = (_of_any_launch(one) for one in (artifact.read_json(path)["recipe"], artifact.normalise(shown(recipe))))
+        require_same(made, asked, _of_results(folder))
+
+
+def _of_results(folder: Path) -> str:
+    return f"which the results in {folder} are of; give another --results"
 
 
 def changes_of(tier: Tier, arm: str) -> Json:
@@ -226,7 +239,7 @@ def plot(recipe: Recipe, arms: Sequence[Arm], *, bands: bool = False) -> Figure:
                 axes.plot(flops, values, color=colour, alpha=0.3, lw=1)
             flops, values = ([statistics.fmean(stage) for stage in zip(*side, strict=True)] for side in zip(*lines, strict=True))
             axes.plot(flops, values, color=colour, lw=2.4, marker="o", ms=4, label=f"{arm_name}, mean of {len(lines)}")
-            if bands and len(lines) > 1:
+            if bands and len(lines) > 2:  # of two, Student's t is 13 standard errors
                 widths = [half_width(stage) for stage in zip(*(values for _, values in lines), strict=True)]
                 low, high = ([value + sign * width for value, width in zip(values, widths, strict=True)] for sign in (-1, 1))
                 axes.fill_between(flops, low, high, color=colour, alpha=0.12, lw=0)
@@ -274,25 +287,26 @@ def tier_table(recipe: Recipe, found: Json) -> list[list[str]]:
         "minus random, equal FLOPs",
         "FLOPs to random's final loss, over random's",
         *(["the same of whole passages"] if recipe.evaluate.passages else []),
+        "the same of text",
         "text loss minus random, equal tokens",
-        "selection's share of FLOPs (probe, fit, score)",
-        "of time",
+        "selection's share of total FLOPs (probe, fit, score)",
+        "of total time",
     ]
     return [heads, *(_tier_line(arm, values, loss, further_losses(recipe)) for arm, values in found["arms"].items())]
 
 
 def _tier_line(arm: str, values: Json, loss: str, further: Sequence[str]) -> list[str]:
     line = [arm, str(len(values["seeds"])), _with_error(values["last_stage"][loss])]
+    ratios = [_ratio_text(ratio) for ratio in (values["flops_ratio"], *(values["flops_ratio_of"][name] for name in further))]
     if arm == BASELINE:
-        return [*line, "", "", "1", *("1" for _ in further[:-1]), "", "0%", "0%"]
-    difference, ratio = values["minus_random"][loss], values["flops_ratio"]
+        return [*line, "", "", *ratios, "", "0%", "0%"]
+    difference = values["minus_random"][loss]
     parts = ", ".join(f"{100 * values['overhead'][part]['share']:.1f}" for part in ("probe", "fit", "score"))
     return [
         *line,
         _with_error(difference["equal_tokens"], "+.4f"),
         _with_error(difference["equal_flops"], "+.4f") + _censored(difference["equal_flops"]["censored"]),
-        _ratio_text(ratio) + _censored(ratio["censored"]),
-        *(_ratio_text(other) + _censored(other["censored"]) for other in (values["flops_ratio_of"][name] for name in further[:-1])),
+        *ratios,
         _with_error(values["minus_random"][further[-1]]["equal_tokens"], "+.4f"),
         f"{100 * values['overhead_share']:.1f}% ({parts})",
         f"{100 * values['overhead_share_of_time']:.1f}%",
@@ -300,8 +314,10 @@ def _tier_line(arm: str, values: Json, loss: str, further: Sequence[str]) -> lis
 
 
 def _ratio_text(ratio: Json) -> str:
+    if {seed["censored"] for seed in ratio["per_seed"]} == {"not reached"}:
+        return "never"
     median, low, high = ("censored" if value is None else f"{value:.3f}" for value in (ratio["median"], ratio["low"], ratio["high"]))
-    return median if len(ratio["per_seed"]) == 1 else f"{median} [{low}, {high}]"
+    return (median if len(ratio["per_seed"]) == 1 else f"{median} [{low}, {high}]") + _censored(ratio["censored"])
 
 
 def _censored(count: int) -> str:
@@ -332,7 +348,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[Recipe]]:
     """Own options, and the recipe of each seed. RecipeError for a bad recipe or option."""
-    parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False, epilog="See also --tier cpu --help")
+    parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False, epilog="Arms of a tier: --tier cpu --help")
     parser.add_argument("recipe", type=Path, help="recipe file, before everything else; dotted overrides may follow")
     parser.add_argument("--methods", default="random,mates", help="methods, parted by commas; random is among them")
     _add_common(parser, "runs/flops_to_accuracy_RECIPE")
@@ -348,16 +364,19 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[Recipe]]:
 
 
 def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted up from the recipe's own")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted up from the recipe's own (default %(default)s)")
     parser.add_argument("--out", type=Path, help=f"folder of the runs (default {out})")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder of results")
+    parser.add_argument(
+        "--results", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder of results (default %(default)s)"
+    )
 
 
 def parse_tier(arguments: list[str]) -> tuple[argparse.Namespace, Tier, list[Run]]:
     """Own options, the tier, and its runs. RecipeError for a bad tier, recipe or option."""
-    parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False, epilog="Any recipe value by its dotted name, for all arms.")
+    epilog = "Also any recipe value by its dotted name, for all arms, at each call. Exit code 75: stopped by --budget-minutes."
+    parser = argparse.ArgumentParser(description=CLAIM, allow_abbrev=False, epilog=epilog)
     parser.add_argument("--tier", required=True, help="name of a file in benchmarks/tiers, or a YAML file like them")
-    parser.add_argument("--arms", default="random,mates", help="arms of the tier, parted by commas; random is among them")
+    parser.add_argument("--arms", default="random,mates", help="arms that the tier's file defines, parted by commas (default %(default)s)")
     parser.add_argument("--budget-minutes", type=float, help="begin no step after this many minutes; the same command goes on later")
     parser.add_argument("--workers", type=int, help="runs side by side, instead of the tier's")
     parser.add_argument("--report-only", action="store_true", help="run nothing: results of what is complete")
@@ -371,11 +390,16 @@ def parse_tier(arguments: list[str]) -> tuple[argparse.Namespace, Tier, list[Run
     options, overrides = parser.parse_known_args(arguments)
     tier = load_tier(options.tier)
     arms = options.arms.split(",")
-    require(set(arms) <= set(tier.arms), "--arms", options.arms, f"some of {', '.join(tier.arms)}")
+    require(
+        set(arms) <= set(tier.arms), "--arms", ", ".join(sorted(set(arms) - set(tier.arms))), f"arms of the tier: {', '.join(tier.arms)}"
+    )
     require(BASELINE in arms, "--arms", options.arms, f"{BASELINE} among them, which others are held against")
     require(len(set(arms)) == len(arms), "--arms", options.arms, "each arm once")
     require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
-    options.workers = options.workers or tier.workers
+    options.workers = tier.workers if options.workers is None else options.workers
+    require(options.workers >= 1, "--workers", options.workers, "at least 1")
+    budget = options.budget_minutes
+    require(budget is None or budget > 0, "--budget-minutes", budget, "more than 0")
     options.out = options.out or Path("runs") / f"flops_to_accuracy_{tier.name}"
     runs = runs_of(tier, arms, options.seeds, options.out, overrides)
     stages = runs[0].recipe.pretrain.stages
@@ -405,7 +429,7 @@ def complete_arms(tier: Tier, options: argparse.Namespace, runs: Sequence[Run], 
         if not missing:
             found[str(arm)] = arm
         else:
-            left_out.append(f"{run}: {len(missing)} of {run.recipe.pretrain.stages} stages are not complete")
+            left_out.append(f"{run}: " + (other_settings(run) or f"{len(missing)} of {run.recipe.pretrain.stages} stages are not complete"))
     whole = {arm.seed for arm in found.values() if arm.name == BASELINE}
     left_out += [f"{arm}: {BASELINE} of this seed is not complete" for arm in found.values() if arm.seed not in whole]
     order = [BASELINE, *tier.arms]
@@ -419,11 +443,13 @@ def run_tier(arguments: list[str]) -> int:
     if options.data_only:
         make_data(runs[0].recipe)
         return 0
-    taken = read_results(options.results, tier, runs[0].recipe) if options.extend else []
+    spare_results(options.results, tier, runs[0].recipe)
+    taken = read_results(options.results, tier) if options.extend else []
     if taken:
         _tell("taken from the results, of which nothing is run here:", [f"{arm}, {_made_by(arm)}" for arm in taken])
     stopped, failed = 0, list[str]()
     if not options.report_only:
+        require_text(runs[0].recipe)
         there = {str(arm) for arm in taken}
         stopped, failed = bring_to_end(
             [run for run in runs if str(run) not in there],
@@ -437,6 +463,8 @@ def run_tier(arguments: list[str]) -> int:
     is_written = bool(arms) and not close_gate(arms, runs[0].recipe.pretrain.stages)
     if is_written:
         write_tier(tier, runs[0].recipe, arms, options.results)
+    else:
+        print("flops_to_accuracy: no results were written", file=sys.stderr)
     _tell("failed, their own messages stand above:", failed)
     if stopped and not failed:
         return STOPPED

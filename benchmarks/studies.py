@@ -588,20 +588,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for option, least in (("seeds", 1), ("exact", 8), ("samples", 20), ("items", 2), ("fewest", 2)):
             require(getattr(options, option) >= least, f"--{option}", getattr(options, option), f"at least {least}")
         runs = Runs(tier=tier, out=out, runs=tuple(runs_of(tier, list(tier.arms), options.seeds, out, overrides)))
+        settings = {key: value for key, value in vars(options).items() if key not in ("results", "out", "study")}
+        is_closed = False
         for name in STUDIES if options.study == "all" else [options.study]:
-            settings = {key: value for key, value in vars(options).items() if key not in ("results", "out", "study")}
-            write_study(options.results, f"study_{name}_{tier.name}", STUDIES[name](runs, options), settings)
-            print(f"study {name}: written to {options.results}", flush=True)
+            try:
+                write_study(options.results, f"study_{name}_{tier.name}", STUDIES[name](runs, options), settings)
+            except GateError as error:  # one that lacks something leaves the others alone
+                print(f"studies: {name}: {error}", file=sys.stderr)
+                is_closed = True
+            else:
+                print(f"study {name}: written to {options.results}", flush=True)
     except RecipeError as error:
         print(f"studies: {error}", file=sys.stderr)
         return 2
-    except GateError as error:
-        print(f"studies: {error}", file=sys.stderr)
-        return 1
     except user_errors() as error:
         print(f"studies: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 1 if is_closed else 0
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ def machine() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """The commit of the code, and whether files differ from it; None outside a repository."""
+    """The commit of the code, and whether files other than results differ from it; None outside a repository."""
     try:
-        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))}
     except (OSError, subprocess.CalledProcessError):
         return None
 

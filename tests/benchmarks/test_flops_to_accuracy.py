@@ -23,6 +23,7 @@ from mates.engine.layout import layout_of
 from mates.engine.loop import STAGE_VERBS, Step, step_request
 from mates.engine.pretrain.vigilance import STOPPED
 from mates.launchers import verbs
+from mates.launchers.recipe import write_recipe
 from mates.preprocess import artifact
 from mates.preprocess.inputs import InputError
 
@@ -491,7 +492,7 @@ def test_results_of_another_recipe_are_not_extended(tier_file: Path, capsys: pyt
     assert "arms.mates-linear.select.ratio: found 0.75, expected 0.25" in capsys.readouterr().err
     tier_file.write_text(tier_file.read_text().replace("mates-linear:", "mates-quick:"))
     assert call(tier_file, "--seeds", "1", "--extend") == 2
-    assert "arms: found random, mates, mates-quick, expected mates-linear, random, which" in capsys.readouterr().err
+    assert "arms: found 'mates, mates-quick, random', expected mates-linear, random, which" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("built", "undrawn")
@@ -542,6 +543,52 @@ def test_data_can_be_made_alone_and_carried(tier_file: Path, tmp_path: Path) -> 
     assert all(artifact.verify(tmp_path / "elsewhere" / "data" / part) for part in ("tokenizer", "corpus/train", "reference/test"))
 
 
+@pytest.mark.usefixtures("built", "undrawn")
+def test_results_of_another_recipe_are_not_overwritten(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "1") == 0
+    before = found_in(tier_file)
+    assert call(tier_file, "--seeds", "1", "--pretrain.lr", "0.5") == 2
+    assert "give another --results" in capsys.readouterr().err
+    assert found_in(tier_file) == before
+    elsewhere = ("--report-only", "--results", str(tier_file.parent / "others"))
+    assert call(tier_file, "--seeds", "1", "--pretrain.lr", "0.5", *elsewhere) == 1
+    error = capsys.readouterr().err
+    assert "seed 0 mates: 11 of 11 stages are not complete" in error
+    assert "no results were written" in error
+
+
+def test_runs_of_another_recipe_are_named(tier_file: Path) -> None:
+    run = runs_of(load_tier(str(tier_file)), ["random"], 1, tier_file.parent / "out")[1]
+    assert experiment.other_settings(run) is None
+    run.folder.mkdir(parents=True)
+    write_recipe(run.folder / experiment.RUN_RECIPE, run.recipe)
+    assert experiment.other_settings(run) is None
+    other = replace(run, recipe=replace(run.recipe, probe=replace(run.recipe.probe, samples=41)))
+    assert re.match(r"probe\.samples: found 41, expected \d+, which .*random was made by", experiment.other_settings(other) or "")
+
+
+def test_a_tier_without_its_text_says_so(tier_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(experiment, "SHARED_DATA", tier_file.parent / "none")
+    inputs = f"--corpus.inputs=[{tier_file.parent}/none/web/*.zst]"
+    assert call(tier_file, "--seeds", "1", inputs) == 2
+    assert re.search(r"SHARED_DATA: no folder .*none for .*\*.zst; expected .*--corpus.inputs", capsys.readouterr().err)
+
+
+def test_a_tier_of_ones_own_extends_another(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: cpu\nrecipe: {corpus: {inputs: [/data/web]}}\narms: {mine: {method: mates, select.ratio: 0.3}}\n")
+    tier, base = load_tier(str(mine)), load_tier("cpu")
+    assert set(tier.arms) == {*base.arms, "mine"}
+    assert tier.recipe["corpus"]["inputs"] == ["/data/web"]
+    assert tier.recipe["pretrain"] == base.recipe["pretrain"]
+    mine.write_text("extends: none\n")
+    with pytest.raises(RecipeError, match=r"extends: found 'none', expected a tier beside it or in "):
+        load_tier(str(mine))
+    mine.write_text("recipe: {}\n")
+    with pytest.raises(RecipeError, match=r"mine.yaml: arms: found None, expected a mapping"):
+        load_tier(str(mine))
+
+
 def test_without_any_complete_run_nothing_is_written(tier_file: Path, built: list[str]) -> None:
     assert call(tier_file, "--report-only") == 1
     assert not built
@@ -587,6 +634,8 @@ def test_an_arm_may_not_change_stage_0(tier_file: Path, change: str) -> None:
         ["--tier", "none"],
         ["--pretrain.stages", "10"],
         ["--launch.processes", "2"],
+        ["--workers", "0"],
+        ["--budget-minutes", "0"],
     ],
 )
 def test_bad_options_of_tiers_are_refused(tier_file: Path, options: list[str]) -> None:
