@@ -21,7 +21,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, its cores, and accelerators."""
+    """Processor, its cores, the instructions that PyTorch's kernels use (a name like "AMD EPYC" covers several), and accelerators."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     cpu = names[0] if names else platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus}
+    return {"cpu": cpu, "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpus": gpus}
 
 
 def git_state() -> dict[str, Any] | None:
