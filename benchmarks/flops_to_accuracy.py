@@ -199,7 +199,7 @@ def spare_results(folder: Path, tier: Tier, recipe: Recipe) -> None:
     """RecipeError where results of another recipe would be overwritten."""
     path = folder / f"flops_to_accuracy_{tier.name}.json"
     if path.is_file():
-        made, asked = (_of_any_launch(one) for one in (artifact.read_json(path)["recipe"], artifact.normalise(shown(recipe))))
+        made, asked = (_of_any_launch(one) for one in (artifact.read_json(path).get("recipe", {}), artifact.normalise(shown(recipe))))
         require_same(made, asked, _of_results(folder))
 
 
