@@ -74,7 +74,6 @@ class Row:
     @classmethod
     def from_line(cls, line: Mapping[str, str]) -> Row:
         """What :meth:`line` gave, after a CSV. KeyError or ValueError for anything else."""
-        own = cls(seed=0, arm="", method="", stage=0, flops=_NOTHING, seconds=_NOTHING, pretrain_tokens=0, metrics={}).line()
         return cls(
             seed=int(line["seed"]),
             arm=line["arm"],
@@ -83,11 +82,13 @@ class Row:
             flops={part: float(line[f"{part}_flops"]) for part in PARTS},
             seconds={part: float(line[f"{part}_seconds"]) for part in PARTS},
             pretrain_tokens=int(line["pretrain_tokens"]),
-            metrics={name: float(value) for name, value in line.items() if name not in own},
+            metrics={name: float(value) for name, value in line.items() if name not in _COLUMNS},
         )
 
 
 _NOTHING = dict.fromkeys(PARTS, 0.0)
+_COLUMNS = Row(seed=0, arm="", method="", stage=0, flops=_NOTHING, seconds=_NOTHING, pretrain_tokens=0, metrics={}).line().keys()
+"""Of the tidy table, beside metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)

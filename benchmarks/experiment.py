@@ -42,6 +42,7 @@ from typing import Any, get_args
 import pieces
 import yaml
 from comparison import BASELINE, Arm, measure_arm, missing_stages
+from exits import exit_code
 from surroundings import REPOSITORY, SHARED_DATA, surroundings, without_paths
 
 from mates.engine.config import Method, Recipe, RecipeError, require
@@ -268,7 +269,7 @@ def bring_to_end(
             found = artifact.load(layout_of(run.recipe).checkpoint(run.arm.method, 0), "checkpoint").fingerprint
             if found != expected:
                 say(f"{run}: stage 0 here is {found[:12]}, that of the runs to be extended {expected[:12]}; it takes the same versions,")
-                say(f"  kind of processor and threads (here {run.recipe.launch.threads or _threads(workers)}; --launch.threads)")
+                say(f"  kind of processor and threads (here {_threads(run, workers)}; --launch.threads)")
                 codes[str(run)] = 1
                 return
         codes[str(run)] = run_apart(run, workers, until)
@@ -287,9 +288,8 @@ def run_apart(run: Run, workers: int, until: float | None) -> int:
     """Run in a process of its own, with its share of the cores; its exit code, STOPPED where time was up."""
     from mates.launchers.local import step_environment
 
-    threads = run.recipe.launch.threads or _threads(workers)
     path = run.folder / RUN_RECIPE
-    write_recipe(path, replace(run.recipe, launch=replace(run.recipe.launch, threads=threads)))
+    write_recipe(path, replace(run.recipe, launch=replace(run.recipe.launch, threads=_threads(run, workers))))
     environment = step_environment(1)
     environment.pop("PYTHONSAFEPATH")  # this file's own folder holds what it imports
     command = [sys.executable, __file__, str(path)] + (["--until", str(until)] if until is not None else [])
@@ -315,8 +315,8 @@ def other_settings(run: Run) -> str | None:
     return None
 
 
-def _threads(workers: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+def _threads(run: Run, workers: int) -> int:
+    return run.recipe.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def make_data(recipe: Recipe) -> None:
@@ -395,22 +395,13 @@ def run_here(run: Run, until: float | None) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """A run's own process. Exit codes: as `mates run`."""
-    from mates.launchers.verbs import user_errors
-
     parser = argparse.ArgumentParser(description="One run of a tier, started by flops_to_accuracy.py", allow_abbrev=False)
     parser.add_argument("recipe", type=Path, help="the run's recipe")
     parser.add_argument("--arm", type=json.loads, help="the arm, as JSON; without it the seed's stage 0")
     parser.add_argument("--until", type=float, help="when no further step is begun, in seconds of the epoch")
     options = parser.parse_args(arguments)
     run = Run(recipe=load_recipe(options.recipe), arm=ArmOf(**options.arm) if options.arm else None)
-    try:
-        return 0 if run_here(run, options.until) else STOPPED
-    except RecipeError as error:
-        print(f"{run}: {error}", file=sys.stderr)
-        return 2
-    except user_errors() as error:
-        print(f"{run}: {error}", file=sys.stderr)
-        return 1
+    return exit_code(str(run), lambda: 0 if run_here(run, options.until) else STOPPED)
 
 
 if __name__ == "__main__":

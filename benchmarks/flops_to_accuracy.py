@@ -57,13 +57,14 @@ from comparison import (
     overhead,
     ratio_to_baseline,
 )
+from exits import exit_code
 from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, other_settings, require_same, require_text, runs_of
 from matplotlib.figure import Figure
 from plots import STYLE, save_figure
 from scipy import stats
 from surroundings import REPOSITORY, surroundings, without_paths
 
-from mates.engine.config import Method, Recipe, RecipeError, require
+from mates.engine.config import Method, Recipe, require
 from mates.engine.evaluate.figures import SERIES, flops_unit, series_number
 from mates.engine.pretrain.vigilance import STOPPED
 from mates.launchers.recipe import parse_with, recipe_parser
@@ -160,9 +161,14 @@ def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm], 
     artifact.write_json(folder / f"{name}.json", found | {"table_blake3": blake3(lines).hexdigest()})
 
 
+def results_name(tier: Tier) -> str:
+    """What the files of a tier's results are called, without their suffixes."""
+    return f"flops_to_accuracy_{tier.name}"
+
+
 def read_results(folder: Path, tier: Tier) -> list[Arm]:
     """The runs that a tier's results hold. ArtifactError where they are not whole, RecipeError where they have other arms than the tier."""
-    name = f"flops_to_accuracy_{tier.name}"
+    name = results_name(tier)
     path = folder / f"{name}.json"
     if not path.is_file():
         raise artifact.ArtifactError(f"{path}: no such file; name the folder of the results with --results, or leave out --extend")
@@ -197,7 +203,7 @@ def read_results(folder: Path, tier: Tier) -> list[Arm]:
 
 def spare_results(folder: Path, tier: Tier, recipe: Recipe) -> None:
     """RecipeError where results of another recipe would be overwritten."""
-    path = folder / f"flops_to_accuracy_{tier.name}.json"
+    path = folder / f"{results_name(tier)}.json"
     if path.is_file():
         made, asked = (_of_any_launch(one) for one in (artifact.read_json(path).get("recipe", {}), artifact.normalise(shown(recipe))))
         require_same(made, asked, _of_results(folder))
@@ -400,7 +406,7 @@ def parse_tier(arguments: list[str]) -> tuple[argparse.Namespace, Tier, list[Run
     require(options.workers >= 1, "--workers", options.workers, "at least 1")
     budget = options.budget_minutes
     require(budget is None or budget > 0, "--budget-minutes", budget, "more than 0")
-    options.out = options.out or Path("runs") / f"flops_to_accuracy_{tier.name}"
+    options.out = options.out or Path("runs") / results_name(tier)
     runs = runs_of(tier, arms, options.seeds, options.out, overrides)
     stages = runs[0].recipe.pretrain.stages
     require(stages > LEAST_EVALUATIONS, "pretrain.stages", stages, f"at least {LEAST_EVALUATIONS} after stage 0, for ratios to be read off")
@@ -483,7 +489,7 @@ def _made_by(arm: Arm) -> str:
 
 def write_tier(tier: Tier, recipe: Recipe, arms: Sequence[Arm], folder: Path) -> None:
     """Write a tier's results, and print their table."""
-    name, found = f"flops_to_accuracy_{tier.name}", tier_summary(tier, recipe, arms)
+    name, found = results_name(tier), tier_summary(tier, recipe, arms)
     rows = tier_table(recipe, found)
     with contextlib.suppress(artifact.ArtifactError):
         old = artifact.read_json(folder / f"{name}.json").get("runs", [])
@@ -523,17 +529,9 @@ def run_methods(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 the gate is closed or a step failed, 2 a bad recipe or option."""
-    from mates.launchers.verbs import user_errors
-
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        return (run_tier if any(word.partition("=")[0] == "--tier" for word in given) else run_methods)(given)
-    except RecipeError as error:
-        print(f"flops_to_accuracy: {error}", file=sys.stderr)
-        return 2
-    except user_errors() as error:
-        print(f"flops_to_accuracy: {error}", file=sys.stderr)
-        return 1
+    work = run_tier if any(word.partition("=")[0] == "--tier" for word in given) else run_methods
+    return exit_code("flops_to_accuracy", lambda: work(given))
 
 
 if __name__ == "__main__":

@@ -38,13 +38,14 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from comparison import Arm, missing_stages
+from exits import exit_code
 from experiment import Run, Tier, load_tier, measured, runs_of
 from matplotlib.figure import Figure
 from measuring import GateError
 from plots import save_figure
 from surroundings import REPOSITORY, SHARED_DATA, surroundings, without_paths
 
-from mates.engine.config import FitConfig, Method, Recipe, RecipeError, TaskConfig, require
+from mates.engine.config import FitConfig, Method, Recipe, TaskConfig, require
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.distributed import World
 from mates.engine.evaluate.by_field import DocumentValues
@@ -579,31 +580,27 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 the gate is closed or a step failed, 2 a bad option."""
-    from mates.launchers.verbs import user_errors
-
     options, overrides = parse(arguments)
-    try:
-        tier = load_tier(options.tier)
-        out = options.out or Path("runs") / f"flops_to_accuracy_{tier.name}"
-        for option, least in (("seeds", 1), ("exact", 8), ("samples", 20), ("items", 2), ("fewest", 2)):
-            require(getattr(options, option) >= least, f"--{option}", getattr(options, option), f"at least {least}")
-        runs = Runs(tier=tier, out=out, runs=tuple(runs_of(tier, list(tier.arms), options.seeds, out, overrides)))
-        settings = {key: value for key, value in vars(options).items() if key not in ("results", "out", "study")}
-        is_closed = False
-        for name in STUDIES if options.study == "all" else [options.study]:
-            try:
-                write_study(options.results, f"study_{name}_{tier.name}", STUDIES[name](runs, options), settings)
-            except GateError as error:  # one that lacks something leaves the others alone
-                print(f"studies: {name}: {error}", file=sys.stderr)
-                is_closed = True
-            else:
-                print(f"study {name}: written to {options.results}", flush=True)
-    except RecipeError as error:
-        print(f"studies: {error}", file=sys.stderr)
-        return 2
-    except user_errors() as error:
-        print(f"studies: {error}", file=sys.stderr)
-        return 1
+    return exit_code("studies", lambda: run_studies(options, overrides))
+
+
+def run_studies(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """The studies that are asked for. Exit code 1 where one of them lacks something."""
+    tier = load_tier(options.tier)
+    out = options.out or Path("runs") / f"flops_to_accuracy_{tier.name}"
+    for option, least in (("seeds", 1), ("exact", 8), ("samples", 20), ("items", 2), ("fewest", 2)):
+        require(getattr(options, option) >= least, f"--{option}", getattr(options, option), f"at least {least}")
+    runs = Runs(tier=tier, out=out, runs=tuple(runs_of(tier, list(tier.arms), options.seeds, out, overrides)))
+    settings = {key: value for key, value in vars(options).items() if key not in ("results", "out", "study")}
+    is_closed = False
+    for name in STUDIES if options.study == "all" else [options.study]:
+        try:
+            write_study(options.results, f"study_{name}_{tier.name}", STUDIES[name](runs, options), settings)
+        except GateError as error:  # one that lacks something leaves the others alone
+            print(f"studies: {name}: {error}", file=sys.stderr)
+            is_closed = True
+        else:
+            print(f"study {name}: written to {options.results}", flush=True)
     return 1 if is_closed else 0
 
 

@@ -1,0 +1,22 @@
+"""How benchmarks end that run recipes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from mates.engine.config import RecipeError
+
+
+def exit_code(name: str, work: Callable[[], int]) -> int:
+    """What ``work`` returns; 2 for a bad recipe or option and 1 for a failed step, whose messages are told under ``name``."""
+    from mates.launchers.verbs import user_errors
+
+    try:
+        return work()
+    except RecipeError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except user_errors() as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
