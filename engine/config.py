@@ -473,10 +473,11 @@ class FitConfig:
     regression on hashed uni- and bigrams of tokens, seconds on a CPU and hardly a FLOP; of what follows only features and shares matter
     to it. ``cascade``: both; the n-gram model drops the candidates that it is sure about, the encoder reads the rest, and these have the
     mean of both predictions, weighted by validation labels."""
-    features: list[Literal["difficulty", "relevance"]] = field(default_factory=list)
+    features: list[Literal["difficulty", "relevance", "quality"]] = field(default_factory=list)
     """What a model sees of a sample beside its words: ``difficulty``, its loss under a bigram language model of the pool; ``relevance``,
-    how much likelier its n-grams are in each reference task than in the pool (DSIR's importance weight, per n-gram). ``fit`` prints what
-    each adds."""
+    how much likelier its n-grams are in each reference task than in the pool (DSIR's importance weight, per n-gram); ``quality``, the
+    log-odds by a linear classifier of n-grams that it is of the reference task's text and not of the pool. ``fit`` prints what each
+    adds."""
     cascade_loss: float = 0.02
     """``cascade`` only: share of what selection gains (in mean oracle influence, over a random choice) that dropping may lose on
     validation labels; the largest share of candidates that keeps to it is dropped."""

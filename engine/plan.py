@@ -144,7 +144,7 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     if probed:
         parts = {"ngram": [_ngram_flops], "encoder": [_encoder_flops], "cascade": [_ngram_flops, _encoder_flops]}[recipe.fit.model]
         fit, score = (sum(column) for column in zip(*(part(recipe, candidates, probed) for part in parts), strict=True))
-        tasks = len(label_weights(recipe)) if "relevance" in recipe.fit.features else 0
+        tasks = len(label_weights(recipe)) * len({"relevance", "quality"} & set(recipe.fit.features))
         score += 2.0 * candidates * (("difficulty" in recipe.fit.features) * (length - 1) + tasks * (2 * length - 1))
     elif method in OF_CHECKPOINT:
         logits = 0 if method == "semdedup" else candidates * length

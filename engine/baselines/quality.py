@@ -8,6 +8,7 @@ logistic regression of low rank, and here it is one of full rank whose optimum i
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,8 @@ import numpy.typing as npt
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
+from mates.engine.influence.bags import BUCKETS, ngram_features
 from mates.engine.influence.model import Windows
-from mates.engine.influence.ngrams import BUCKETS, ngram_features
 
 PENALTY = 0.1
 TOLERANCE = 1e-8  # of the gradient of the mean loss
@@ -32,9 +33,11 @@ class QualityClassifier:
 
     weights: Floats
     """[2**18 + 1]: of each bucket, and the bias."""
+    end: int
+    """The end-of-document token, which the classifier does not see: how often text ends is no sign of its quality."""
 
     @classmethod
-    def fit(cls, positives: Windows, negatives: Windows, penalty: float = PENALTY) -> QualityClassifier:
+    def fit(cls, positives: Windows, negatives: Windows, end: int, penalty: float = PENALTY) -> QualityClassifier:
         """Minimise Σ_i s_i·ln(1 + exp(−y_i·(w·x_i + b))) + penalty/2·‖w‖², s_i = n / (2·samples of the class of i), by L-BFGS.
 
         x is :func:`~mates.engine.influence.ngrams.ngram_features` of a sample. All are held: up to 24 bytes a token. The result does not
@@ -42,7 +45,7 @@ class QualityClassifier:
 
         Args:
             positives: token ids of good text [p, L], y = 1. negatives: token ids of samples of the corpus [m, L], y = −1.
-            penalty: of the weights; the bias has none.
+            end: the end-of-document token. penalty: of the weights; the bias has none.
 
         Raises:
             ValueError: no positives or no negatives, or an optimum that was not found.
@@ -52,7 +55,7 @@ class QualityClassifier:
 
         if not (len(positives) and len(negatives)):
             raise ValueError(f"{len(positives)} positive and {len(negatives)} negative samples, expected some of both")
-        features = sparse.vstack([*_features(positives), *_features(negatives)], format="csr")
+        features = sparse.vstack([*_features(positives, end), *_features(negatives, end)], format="csr")
         labels = np.repeat([1, -1], [len(positives), len(negatives)])
         model = LogisticRegression(C=1 / penalty, class_weight="balanced", tol=TOLERANCE, max_iter=ITERATIONS)
         with threadpool_limits(1), warnings.catch_warnings():
@@ -60,22 +63,46 @@ class QualityClassifier:
             model.fit(features, labels)
         if model.n_iter_[0] >= ITERATIONS:
             raise ValueError(f"no optimum after {ITERATIONS} iterations; raise the penalty above {penalty}")
-        return cls(np.append(model.coef_[0], model.intercept_[0]))
+        return cls(np.append(model.coef_[0], model.intercept_[0]), end)
 
     @classmethod
-    def from_array(cls, weights: npt.NDArray[np.generic]) -> QualityClassifier:
+    def from_array(cls, weights: npt.NDArray[np.generic], end: int) -> QualityClassifier:
         """From what ``weights`` was. ValueError where it is something else."""
         if weights.dtype != np.float64 or weights.shape != (BUCKETS + 1,) or not np.isfinite(weights.astype(np.float64)).all():
             raise ValueError(f"{weights.dtype} of shape {weights.shape}, expected {BUCKETS + 1} finite float64")
-        return cls(np.ascontiguousarray(weights, np.float64))
+        return cls(np.ascontiguousarray(weights, np.float64), end)
 
     def scores(self, windows: Windows) -> Floats:
         """−log-odds of samples: [n, L] → [n] float64."""
-        parts = [features @ -self.weights[:-1] for features in _features(windows)]
+        parts = [features @ -self.weights[:-1] for features in _features(windows, self.end)]
         scores: Floats = np.concatenate([np.empty(0), *parts]) - self.weights[-1]
         return scores
 
 
-def _features(windows: Windows) -> list[sparse.csr_array]:
+def _features(windows: Windows, end: int) -> list[sparse.csr_array]:
     """In float64, in which optimum and scores are then computed, a block of samples each."""
-    return [ngram_features(windows[start : start + BLOCK]).astype(np.float64) for start in range(0, len(windows), BLOCK)]
+    return [ngram_features(without(windows[start : start + BLOCK], end)).astype(np.float64) for start in range(0, len(windows), BLOCK)]
+
+
+def without(windows: Windows, end: int) -> Windows:
+    """Windows [n, L] with the token beside it in the place of each end-of-document token."""
+
+    filled = windows.copy()
+    filled[:, 0] = np.where(filled[:, 0] == end, filled[:, min(1, windows.shape[1] - 1)], filled[:, 0])
+    for column in np.flatnonzero((filled == end).any(0)).tolist():
+        filled[:, column] = np.where(filled[:, column] == end, filled[:, column - 1], filled[:, column])
+    return filled
+
+
+def packed(texts: Iterable[Windows], length: int, most: int) -> npt.NDArray[np.int64]:
+    """Token sequences [N] of any lengths one after the other, cut into at most so many windows [n, L]."""
+    held = []
+    count = 0
+    for tokens in texts:
+        held.append(tokens)
+        count += len(tokens)
+        if count >= most * length:
+            break
+    joined = np.concatenate(held).astype(np.int64) if held else np.empty(0, np.int64)
+    windows = min(most, len(joined) // length)
+    return joined[: windows * length].reshape(windows, length)

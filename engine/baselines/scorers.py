@@ -14,7 +14,7 @@ import torch
 from blake3 import blake3
 
 from mates.engine.baselines.dsir import Dsir
-from mates.engine.baselines.quality import QualityClassifier
+from mates.engine.baselines.quality import QualityClassifier, packed
 from mates.engine.baselines.ratings import Ratings, read_ratings
 from mates.engine.baselines.semdedup import cluster, similarities
 from mates.engine.chunks import run_chunks
@@ -85,8 +85,7 @@ def open_baseline(recipe: Recipe, method: str, stage: int, world: World, directo
         items = (tokens for reference in weighted_references(recipe) for tokens in item_tokens(reference))
         return _Plain(Dsir.fit(items, pieces(pool, _raw_samples(recipe, pool, RAW_SAMPLES))).scores, flops_per_ngram=2)
     if method == "quality":
-        classifier, end = _quality(recipe), corpus.info("tokenizer")["end_of_document"]
-        return _Plain(lambda windows: classifier.scores(without(windows, end)), flops_per_ngram=2)
+        return _Plain(_quality(recipe).scores, flops_per_ngram=2)
     if method == "ratings":
         assert recipe.baselines.ratings is not None
         path = Path(recipe.baselines.ratings)
@@ -251,23 +250,14 @@ def _quality(recipe: Recipe) -> QualityClassifier:
     """A classifier of good text against samples of the pool, as many of each."""
     layout, config, length = layout_of(recipe), recipe.baselines, recipe.pretrain.sequence_length
     pool = open_corpus(layout.corpus("pool"), length)
-    good = _packed(_good_tokens(recipe), length, config.quality_samples)
+    good = packed(_good_tokens(recipe), length, config.quality_samples)
     if len(good) < 2:
         source = ", ".join(config.quality_sources) or "the reference tasks' items"
         raise ArtifactError(
             f"{source}: {len(good)} samples of {length} tokens of good text, at least 2 are needed; see baselines.quality_sources"
         )
     negatives = np.concatenate(list(pieces(pool, _raw_samples(recipe, pool, config.quality_samples))))
-    return QualityClassifier.fit(good, without(negatives, pool.info("tokenizer")["end_of_document"]))
-
-
-def without(windows: npt.NDArray[np.integer[Any]], end: int) -> npt.NDArray[np.integer[Any]]:
-    """Windows [n, L] with the token beside it in the place of each end-of-document token: how often text ends is no sign of its quality."""
-    filled = windows.copy()
-    filled[:, 0] = np.where(filled[:, 0] == end, filled[:, min(1, windows.shape[1] - 1)], filled[:, 0])
-    for column in np.flatnonzero((filled == end).any(0)).tolist():
-        filled[:, column] = np.where(filled[:, column] == end, filled[:, column - 1], filled[:, column])
-    return filled
+    return QualityClassifier.fit(good, negatives, pool.info("tokenizer")["end_of_document"])
 
 
 def _good_tokens(recipe: Recipe) -> Iterator[npt.NDArray[np.integer[Any]]]:
@@ -279,17 +269,3 @@ def _good_tokens(recipe: Recipe) -> Iterator[npt.NDArray[np.integer[Any]]]:
     for file in find_inputs(recipe.baselines.quality_sources):
         for text in read_texts(file, read_options(recipe)):
             yield tokenizer.encode_batch([text])[0]
-
-
-def _packed(texts: Iterator[npt.NDArray[np.integer[Any]]], length: int, most: int) -> npt.NDArray[np.int64]:
-    """Token sequences one after the other, cut into at most so many windows [n, L]."""
-    held: list[npt.NDArray[np.integer[Any]]] = []
-    count = 0
-    for tokens in texts:
-        held.append(tokens)
-        count += len(tokens)
-        if count >= most * length:
-            break
-    joined = np.concatenate(held).astype(np.int64) if held else np.empty(0, np.int64)
-    windows = min(most, len(joined) // length)
-    return joined[: windows * length].reshape(windows, length)

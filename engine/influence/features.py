@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from mates.engine.baselines.dsir import Dsir, log_shares
 from mates.engine.baselines.ngram_lm import NgramLanguageModel
+from mates.engine.baselines.quality import QualityClassifier, packed
 from mates.engine.config import Recipe
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import load_array
-from mates.engine.influence.model import Samples
+from mates.engine.influence.model import Samples, Windows
 from mates.engine.layout import layout_of
 from mates.engine.probe.stage import label_weights, probed_samples
 from mates.engine.random import KeyedPermutation
@@ -25,8 +26,9 @@ from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 
 FEATURES_FILE = "features.json"
-DIFFICULTY = "difficulty"
+DIFFICULTY, RELEVANCE, QUALITY = "difficulty", "relevance", "quality"
 POOL_SAMPLES = 50_000  # samples of the pool that n-grams are counted in, at most
+CLASSIFIED_SAMPLES = 20_000  # samples of the pool, and of a reference, that a classifier is fitted to, at most
 LEAST_SAMPLES = 50
 BLOCK = 4096
 
@@ -36,18 +38,21 @@ class ExtraFeatures:
     """Features of samples, each standardised over the probed samples.
 
     ``difficulty`` is the loss under a bigram language model of the pool, in nats a token; ``relevance.TASK`` is DSIR's importance weight of
-    a task's text over the pool's, in nats an n-gram.
+    a task's text over the pool's, in nats an n-gram; ``quality.TASK`` the log-odds, by a linear classifier on n-grams, that a sample is of
+    a task's text and not of the pool.
     """
 
     language_model: NgramLanguageModel | None = None
     ratios: dict[str, Dsir] = field(default_factory=dict)
+    classifiers: dict[str, QualityClassifier] = field(default_factory=dict)
     standard: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)))
     """[2, F], mean and SD of each."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the features [F]."""
-        return (*((DIFFICULTY,) if self.language_model else ()), *(f"relevance.{name}" for name in self.ratios))
+        of_tasks = [f"{RELEVANCE}.{task}" for task in self.ratios] + [f"{QUALITY}.{task}" for task in self.classifiers]
+        return (*((DIFFICULTY,) if self.language_model else ()), *of_tasks)
 
     def compute(self, samples: Samples) -> npt.NDArray[np.float32]:
         """Features [n, F] of samples, each independent of the others."""
@@ -60,35 +65,42 @@ class ExtraFeatures:
     def _raw(self, samples: Samples) -> npt.NDArray[np.float64]:
         windows = samples.windows
         columns = [self.language_model.losses(windows)] if self.language_model else []
-        return np.stack([*columns, *(ratio.relevance(windows) for ratio in self.ratios.values())], axis=1)
+        columns += [ratio.relevance(windows) for ratio in self.ratios.values()]
+        columns += [-classifier.scores(windows) for classifier in self.classifiers.values()]
+        return np.stack(columns, axis=1)
 
     def standardised(self, samples: Samples) -> ExtraFeatures:
         """The same with means and SDs over some samples."""
         raw = np.concatenate([self._raw(samples[start : start + BLOCK]) for start in range(0, len(samples), BLOCK)])
         spread = raw.std(0)
-        return ExtraFeatures(self.language_model, self.ratios, np.stack([raw.mean(0), np.where(spread > 0, spread, 1.0)]))
+        return replace(self, standard=np.stack([raw.mean(0), np.where(spread > 0, spread, 1.0)]))
 
     def flops(self, samples: int, length: int) -> float:
         """FLOPs of computing them for samples of ``length`` tokens: a look-up and an addition for each n-gram."""
-        return 2.0 * samples * ((length - 1 if self.language_model else 0) + len(self.ratios) * (2 * length - 1))
+        tables = len(self.ratios) + len(self.classifiers)
+        return 2.0 * samples * ((length - 1 if self.language_model else 0) + tables * (2 * length - 1))
 
     def save(self, directory: Path) -> None:
         """Write what :meth:`load` reads; nothing where there are no features."""
         if not self.names:
             return
-        artifact.write_json(directory / FEATURES_FILE, {"features": self.names})
+        ends = {task: classifier.end for task, classifier in self.classifiers.items()}
+        artifact.write_json(directory / FEATURES_FILE, {"features": self.names, "ends_of_document": ends})
         artifact.write_array(directory / "features-standard.npy", self.standard)
         for name, ratio in self.ratios.items():
-            artifact.write_array(directory / f"features-relevance.{name}.npy", ratio.tables)
+            artifact.write_array(directory / f"features-{RELEVANCE}.{name}.npy", ratio.tables)
+        for name, classifier in self.classifiers.items():
+            artifact.write_array(directory / f"features-{QUALITY}.{name}.npy", classifier.weights)
         for name, values in self.language_model.arrays.items() if self.language_model else ():
-            artifact.write_array(directory / f"features-difficulty.{name}.npy", values)
+            artifact.write_array(directory / f"features-{DIFFICULTY}.{name}.npy", values)
 
     @classmethod
     def load(cls, directory: Path) -> ExtraFeatures:
         """What :meth:`save` wrote. ArtifactError where it is something else."""
         if not (directory / FEATURES_FILE).is_file():
             return NO_FEATURES
-        names = artifact.read_json(directory / FEATURES_FILE)["features"]
+        saved = artifact.read_json(directory / FEATURES_FILE)
+        names, ends = saved["features"], saved["ends_of_document"]
 
         def read(name: str, dtype: npt.DTypeLike, axes: int = 1) -> npt.NDArray[Any]:
             return np.array(load_array(directory / f"features-{name}.npy", np.dtype(dtype), axes))
@@ -97,10 +109,11 @@ class ExtraFeatures:
             model = None
             if DIFFICULTY in names:
                 dtypes = {"starts": np.int64, "followers": np.uint32, "counts": np.int64}
-                model = NgramLanguageModel.from_arrays({name: read(f"difficulty.{name}", dtype) for name, dtype in dtypes.items()})
-            tasks = [name.removeprefix("relevance.") for name in names if name != DIFFICULTY]
-            ratios = {task: Dsir.from_array(read(f"relevance.{task}", np.float64)) for task in tasks}
-            found = cls(model, ratios, read("standard", np.float64, 2))
+                model = NgramLanguageModel.from_arrays({name: read(f"{DIFFICULTY}.{name}", dtype) for name, dtype in dtypes.items()})
+            tasks = [name.removeprefix(f"{RELEVANCE}.") for name in names if name.startswith(f"{RELEVANCE}.")]
+            ratios = {task: Dsir.from_array(read(f"{RELEVANCE}.{task}", np.float64)) for task in tasks}
+            classifiers = {task: QualityClassifier.from_array(read(f"{QUALITY}.{task}", np.float64), end) for task, end in ends.items()}
+            found = cls(model, ratios, classifiers, read("standard", np.float64, 2))
         except ValueError as error:
             raise ArtifactError(f"{directory}: extra features that cannot be read ({error}); fit the model again") from error
         if found.standard.shape != (2, len(names)):
@@ -127,19 +140,37 @@ def weighted_references(recipe: Recipe) -> list[Reference]:
 def make_features(recipe: Recipe, stage: int) -> ExtraFeatures:
     """The features that a recipe's influence model of a stage sees.
 
-    N-grams are counted in samples of the pool that the model is not fitted to: those would seem easier than candidates are.
+    N-grams are counted in samples of the pool that the model is not fitted to: those would seem easier than candidates are. Classifiers,
+    too, know none of these.
     """
     if not recipe.fit.features:
         return NO_FEATURES
     pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
     others = unprobed_samples(recipe, pool, stage)
-    model, ratios = None, {}
+    model, ratios, classifiers = None, {}, {}
     if DIFFICULTY in recipe.fit.features:
         model = NgramLanguageModel.fit(pieces(pool, others), pool.info("tokenizer")["vocab_size"])
-    if "relevance" in recipe.fit.features:
+    if RELEVANCE in recipe.fit.features:
         raw = log_shares(pieces(pool, others), "raw text")
         ratios = {one.name: Dsir(log_shares(item_tokens(one), one.name) - raw) for one in weighted_references(recipe)}
-    return ExtraFeatures(model, ratios).standardised(Samples(pool, probed_samples(recipe, pool.samples, stage)))
+    if QUALITY in recipe.fit.features:
+        rows = KeyedPermutation(len(others), recipe.seed, "quality", stage)(np.arange(min(len(others), CLASSIFIED_SAMPLES)))
+        negatives = Samples(pool, others[rows]).windows
+        for one in weighted_references(recipe):
+            classifiers[one.name] = _classifier(one, negatives, pool.info("tokenizer")["end_of_document"])
+    return ExtraFeatures(model, ratios, classifiers).standardised(Samples(pool, probed_samples(recipe, pool.samples, stage)))
+
+
+def _classifier(reference: Reference, negatives: Windows, end: int) -> QualityClassifier:
+    """Of a reference's text against samples of the pool [n, L]. ArtifactError where it has less than two samples' worth."""
+    length = negatives.shape[1]
+    positives = packed(item_tokens(reference), length, CLASSIFIED_SAMPLES)
+    if len(positives) < 2:
+        raise ArtifactError(
+            f"{reference.name}: {len(reference.tokens)} tokens, at least two samples of {length} are needed to tell it from the pool; "
+            f"raise reference.items, or leave {QUALITY} out of fit.features"
+        )
+    return QualityClassifier.fit(positives, negatives, end)
 
 
 def unprobed_samples(recipe: Recipe, pool: Corpus, stage: int) -> npt.NDArray[np.int64]:

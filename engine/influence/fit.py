@@ -19,13 +19,13 @@ from scipy import sparse
 from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
+from mates.engine.influence.bags import BUCKETS
 from mates.engine.influence.cascade import DROPPED, CascadeModel, best_weight, dropped_share, lost_influence, mixed, undropped
 from mates.engine.influence.encoder import EncoderModel, encoder_fingerprint, encoder_inputs, load_encoder, new_encoder
 from mates.engine.influence.features import ExtraFeatures, feature_inputs, make_features
 from mates.engine.influence.inputs import SOURCES
 from mates.engine.influence.model import InfluenceModel, Samples, Scores, joining, open_model, predict, predict_together
 from mates.engine.influence.ngrams import (
-    BUCKETS,
     NgramModel,
     ablation,
     all_features,

@@ -16,49 +16,24 @@ from scipy import sparse
 from scipy.sparse.linalg import lsmr
 
 from mates.engine.data.index import load_array
+from mates.engine.influence.bags import BUCKETS, ngram_features
 from mates.engine.influence.features import NO_FEATURES, ExtraFeatures
 from mates.engine.influence.model import Samples, Scores
 from mates.engine.probe.fidelity import pearson, spearman
 from mates.engine.random import KeyedPermutation
 from mates.preprocess.artifact import ArtifactError, write_array
 
-BUCKETS = 1 << 18
 PENALTIES = (0.1, 1.0, 10.0)
 ITERATIONS = 50
 BLOCK = 512  # samples whose features are held at a time
 WEIGHTS_FILE = "ngrams.npy"
 CURVE = (8, 4, 2, 1)  # which part of the training labels each point has: one in so many
 CURVE_LABELS = 16_384  # features of more would take gigabytes; whoever has so many labels does not lack them
-_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
-_HIGH = np.uint64(64 - 18)
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 FeaturesOf = Callable[[Rows], sparse.csr_array]
 """Features of the labelled samples in these rows."""
-
-
-def ngram_features(windows: npt.NDArray[np.integer[Any]]) -> sparse.csr_array:
-    """Hashed uni- and bigrams of samples.
-
-    Args:
-        windows: token ids [n, L].
-
-    Returns:
-        [n, 2**18] float32: ln(1 + count) of each bucket, every row of length 1.
-    """
-    n, length = windows.shape
-    with np.errstate(over="ignore"):
-        first = (windows.astype(np.uint64) + np.uint64(1)) * _MULTIPLIERS[0]
-        pairs = (first[:, :-1] ^ (first[:, 1:] >> np.uint64(7))) * _MULTIPLIERS[1]
-    buckets = (np.concatenate([first, pairs], axis=1) >> _HIGH).astype(np.int32)
-    starts = np.arange(n + 1, dtype=np.int64) * buckets.shape[1]
-    features = sparse.csr_array((np.ones(buckets.size, np.float32), buckets.ravel(), starts), shape=(n, BUCKETS))
-    features.sum_duplicates()
-    features.data = np.log1p(features.data)
-    norms = np.sqrt(np.add.reduceat(features.data**2, features.indptr[:-1])) if length else np.ones(n)
-    features.data /= np.repeat(norms, np.diff(features.indptr))
-    return features
 
 
 def all_features(samples: Samples, extra: ExtraFeatures = NO_FEATURES) -> sparse.csr_array:

@@ -15,14 +15,14 @@ from sklearn.linear_model import LogisticRegression
 from synthetic_run import build_data, make_recipe
 from transformers import AutoModelForCausalLM
 
-from mates.engine.baselines.quality import PENALTY
-from mates.engine.baselines.scorers import baseline_request, without
+from mates.engine.baselines.quality import PENALTY, without
+from mates.engine.baselines.scorers import baseline_request
 from mates.engine.config import BaselinesConfig, Method, PretrainConfig, Recipe, RecipeError
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
-from mates.engine.influence.ngrams import ngram_features
+from mates.engine.influence.bags import ngram_features
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
 from mates.engine.loop import Step, run_steps

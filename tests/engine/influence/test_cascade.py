@@ -16,6 +16,7 @@ from mates.engine.config import FitConfig, Recipe, ScoreConfig
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
+from mates.engine.influence.bags import BUCKETS
 from mates.engine.influence.cascade import (
     CASCADE_FILE,
     DROPPED,
@@ -30,7 +31,7 @@ from mates.engine.influence.encoder import EncoderModel, new_encoder
 from mates.engine.influence.fit import fit_stage
 from mates.engine.influence.inputs import CorpusIds
 from mates.engine.influence.model import Samples, open_model, predict
-from mates.engine.influence.ngrams import BUCKETS, NgramModel, NgramRidge
+from mates.engine.influence.ngrams import NgramModel, NgramRidge
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
 from mates.engine.pretrain.stage import open_train_corpus

@@ -12,6 +12,7 @@ from synthetic_run import REFERENCE, build_data, build_shared, make_recipe
 
 from mates.engine.baselines.dsir import Dsir
 from mates.engine.baselines.ngram_lm import NgramLanguageModel
+from mates.engine.baselines.quality import QualityClassifier
 from mates.engine.config import CorpusConfig, FitConfig, ProbeConfig, Recipe
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
@@ -38,7 +39,9 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    made = make_recipe(tmp_path_factory.mktemp("features"), fit=FitConfig(hidden_size=32, epochs=1, features=["difficulty", "relevance"]))
+    made = make_recipe(
+        tmp_path_factory.mktemp("features"), fit=FitConfig(hidden_size=32, epochs=1, features=["difficulty", "relevance", "quality"])
+    )
     build_shared(made, ["mates"], ["probe"])
     return made
 
@@ -51,11 +54,14 @@ def test_they_are_what_they_are_called(recipe: Recipe) -> None:
     raw = pool.windows(others)[:, :-1]
     (reference,) = open_references(recipe)
     found = make_features(recipe, 1)
-    assert found.names == ("difficulty", f"relevance.{REFERENCE}")
+    assert found.names == ("difficulty", f"relevance.{REFERENCE}", f"quality.{REFERENCE}")
     windows = pool.windows(probed)[:, :-1]
     losses = NgramLanguageModel.fit([raw], pool.info("tokenizer")["vocab_size"]).losses(windows)
     weights = Dsir.fit(item_tokens(reference), [raw]).relevance(windows)
-    expected = np.stack([losses, weights], axis=1)
+    joined = np.concatenate(list(item_tokens(reference)))
+    positives, end = joined[: len(joined) // 32 * 32].reshape(-1, 32), pool.info("tokenizer")["end_of_document"]
+    odds = -QualityClassifier.fit(positives, raw, end).scores(windows)
+    expected = np.stack([losses, weights, odds], axis=1)
     expected = (expected - expected.mean(0)) / expected.std(0)
     values = found.compute(Samples(pool, probed))
     assert values.dtype == np.float32
@@ -84,7 +90,7 @@ def test_save_and_load(recipe: Recipe, tmp_path: Path) -> None:
     samples = Samples(pool, np.arange(10))
     assert np.array_equal(ExtraFeatures.load(tmp_path).compute(samples), found.compute(samples))
     np.save(tmp_path / "features-standard.npy", np.zeros((2, 5)))
-    with pytest.raises(ArtifactError, match=r"means and SDs of shape \(2, 5\), expected \(2, 2\); fit the model again"):
+    with pytest.raises(ArtifactError, match=r"means and SDs of shape \(2, 5\), expected \(2, 3\); fit the model again"):
         ExtraFeatures.load(tmp_path)
     np.save(tmp_path / f"features-relevance.{REFERENCE}.npy", np.zeros(3))
     with pytest.raises(ArtifactError, match="extra features that cannot be read"):
@@ -118,7 +124,7 @@ def test_an_encoder_sees_them(recipe: Recipe) -> None:
     pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
     samples = Samples(pool, np.arange(6))
     module = load_encoder(directory).eval()
-    assert module.head.in_features == 32 + 2
+    assert module.head.in_features == 32 + 3
     with torch.no_grad():
         pooled = module.encoder(input_ids=torch.from_numpy(pool.windows(samples.ids)[:, :-1])).last_hidden_state.mean(1)
         expected = module.head(torch.cat([pooled, torch.from_numpy(model.extra.compute(samples))], dim=1)).numpy()

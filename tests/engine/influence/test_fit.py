@@ -14,9 +14,10 @@ from mates.engine.config import FitConfig, Recipe
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
+from mates.engine.influence.bags import ngram_features
 from mates.engine.influence.fit import PREDICTIONS_FILE, agreement, calibration, fit_stage, selected_influence
 from mates.engine.influence.model import Samples, open_model, predict
-from mates.engine.influence.ngrams import WEIGHTS_FILE, best_ridge, ngram_features
+from mates.engine.influence.ngrams import WEIGHTS_FILE, best_ridge
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
 from mates.engine.loop import Step

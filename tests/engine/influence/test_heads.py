@@ -20,11 +20,12 @@ from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
 from mates.engine.evaluate.contents import _fit
+from mates.engine.influence.bags import ngram_features
 from mates.engine.influence.encoder import load_encoder
 from mates.engine.influence.features import feature_inputs, weighted_references
 from mates.engine.influence.fit import PREDICTIONS_FILE, fit_request, fit_stage
 from mates.engine.influence.model import joining
-from mates.engine.influence.ngrams import best_ridge, ngram_features
+from mates.engine.influence.ngrams import best_ridge
 from mates.engine.influence.score import open_scores, score_request, score_stage
 from mates.engine.layout import layout_of
 from mates.engine.loop import Step, step_request

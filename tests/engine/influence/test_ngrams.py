@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from mates.engine.influence.ngrams import BUCKETS, CURVE_LABELS, FeaturesOf, ablation, curve_line, fit_ridge, label_curve, ngram_features
+from mates.engine.influence.bags import BUCKETS, ngram_features
+from mates.engine.influence.ngrams import CURVE_LABELS, FeaturesOf, ablation, curve_line, fit_ridge, label_curve
 
 
 def windows(n: int, length: int = 40, vocabulary: int = 50, seed: int = 0) -> np.ndarray:

@@ -17,8 +17,9 @@ from mates.engine.config import FitConfig, Recipe, RecipeError
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
 from mates.engine.evaluate.report import write_report
+from mates.engine.influence.bags import ngram_features
 from mates.engine.influence.fit import PREDICTIONS_FILE, fit_stage, split_labels
-from mates.engine.influence.ngrams import PENALTIES, ngram_features
+from mates.engine.influence.ngrams import PENALTIES
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
 from mates.engine.loop import Step, needed_steps, run_steps, step_request
