@@ -226,7 +226,10 @@ def _of_any_launch(recipe: Json) -> Json:
 
 
 def plot(recipe: Recipe, arms: Sequence[Arm], *, bands: bool = False) -> Figure:
-    """Metrics against total FLOPs: seeds faint, means over seeds bold, with ``bands`` their 95% intervals by Student's t."""
+    """Metrics against total FLOPs: seeds faint, means over seeds bold, with ``bands`` their 95% intervals by Student's t.
+
+    A dotted line is where random data ends.
+    """
     name, names = recipe.reference.name, names_of(arms)
     panels = [
         (f"{name}.loss_nats", f"held-out {name} loss (nats)"),
@@ -236,22 +239,27 @@ def plot(recipe: Recipe, arms: Sequence[Arm], *, bands: bool = False) -> Figure:
         ("holdout_loss_nats", "held-out text loss (nats)"),
     ]
     unit, unit_name = flops_unit(max(row.total_flops for arm in arms for row in arm.rows))
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(1, 3), panels, strict=True):
+    figure = Figure(figsize=(11, 3.7), layout="constrained")
+    subplots = figure.subplots(1, len(panels))
+    for axes, (metric, label) in zip(subplots, panels, strict=True):
         for arm_name in names:
             lines = [_line(arm, metric, unit) for arm in arms if arm.name == arm_name]
             colour = SERIES[series_number(names, arm_name)]
             for flops, values in lines:
                 axes.plot(flops, values, color=colour, alpha=0.3, lw=1)
             flops, values = ([statistics.fmean(stage) for stage in zip(*side, strict=True)] for side in zip(*lines, strict=True))
-            axes.plot(flops, values, color=colour, lw=2.4, marker="o", ms=4, label=f"{arm_name}, mean of {len(lines)}")
+            axes.plot(
+                flops, values, color=colour, lw=2.4, marker="o", ms=4, label=f"{arm_name} ({len(lines)} seed{'s' * (len(lines) > 1)})"
+            )
+            if arm_name == BASELINE:
+                axes.axhline(values[-1], color=colour, lw=1, ls=":")
             if bands and len(lines) > 2:  # of two, Student's t is 13 standard errors
                 widths = [half_width(stage) for stage in zip(*(values for _, values in lines), strict=True)]
                 low, high = ([value + sign * width for value, width in zip(values, widths, strict=True)] for sign in (-1, 1))
                 axes.fill_between(flops, low, high, color=colour, alpha=0.12, lw=0)
         axes.set(xlabel=f"total compute, selection included ({unit_name})", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+    figure.legend(*subplots[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 5), frameon=False)
     return figure
 
 
