@@ -741,8 +741,10 @@ def _plan(arguments: list[str]) -> int:
         help="Dense bf16 TFLOP/s of one device (989: an H100 or H200 by its datasheet).",
     )
     parser.add_argument("--utilisation", type=float, default=0.4, help="Share of the peak that is reached (0 to 1).")
-    parser.add_argument("--devices", type=int, default=8, help="Devices that work at the same time.")
+    parser.add_argument("--devices", type=int, help="Devices that work at the same time (default: launch.processes).")
     recipe, extra = parse_with(parser, arguments)
+    if extra["devices"] is None:
+        extra["devices"] = recipe.launch.processes
     require(extra["peak_tflops"] > 0, "--peak_tflops", extra["peak_tflops"], "above 0")
     require(0 < extra["utilisation"] <= 1, "--utilisation", extra["utilisation"], "above 0 and at most 1")
     require(extra["devices"] >= 1, "--devices", extra["devices"], "at least 1")
