@@ -82,6 +82,11 @@ class Tier:
     workers: int = 1
     prune: bool = False
 
+    @property
+    def results_name(self) -> str:
+        """What the files of its results, without suffixes, and the folder of its runs are called."""
+        return f"flops_to_accuracy_{self.name}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:

@@ -161,14 +161,9 @@ def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm], 
     artifact.write_json(folder / f"{name}.json", found | {"table_blake3": blake3(lines).hexdigest()})
 
 
-def results_name(tier: Tier) -> str:
-    """What the files of a tier's results are called, without their suffixes."""
-    return f"flops_to_accuracy_{tier.name}"
-
-
 def read_results(folder: Path, tier: Tier) -> list[Arm]:
     """The runs that a tier's results hold. ArtifactError where they are not whole, RecipeError where they have other arms than the tier."""
-    name = results_name(tier)
+    name = tier.results_name
     path = folder / f"{name}.json"
     if not path.is_file():
         raise artifact.ArtifactError(f"{path}: no such file; name the folder of the results with --results, or leave out --extend")
@@ -203,7 +198,7 @@ def read_results(folder: Path, tier: Tier) -> list[Arm]:
 
 def spare_results(folder: Path, tier: Tier, recipe: Recipe) -> None:
     """RecipeError where results of another recipe would be overwritten."""
-    path = folder / f"{results_name(tier)}.json"
+    path = folder / f"{tier.results_name}.json"
     if path.is_file():
         made, asked = (_of_any_launch(one) for one in (artifact.read_json(path).get("recipe", {}), artifact.normalise(shown(recipe))))
         require_same(made, asked, _of_results(folder))
@@ -414,7 +409,7 @@ def parse_tier(arguments: list[str]) -> tuple[argparse.Namespace, Tier, list[Run
     require(options.workers >= 1, "--workers", options.workers, "at least 1")
     budget = options.budget_minutes
     require(budget is None or budget > 0, "--budget-minutes", budget, "more than 0")
-    options.out = options.out or Path("runs") / results_name(tier)
+    options.out = options.out or Path("runs") / tier.results_name
     runs = runs_of(tier, arms, options.seeds, options.out, overrides)
     stages = runs[0].recipe.pretrain.stages
     require(stages > LEAST_EVALUATIONS, "pretrain.stages", stages, f"at least {LEAST_EVALUATIONS} after stage 0, for ratios to be read off")
@@ -497,7 +492,7 @@ def _made_by(arm: Arm) -> str:
 
 def write_tier(tier: Tier, recipe: Recipe, arms: Sequence[Arm], folder: Path) -> None:
     """Write a tier's results, and print their table."""
-    name, found = results_name(tier), tier_summary(tier, recipe, arms)
+    name, found = tier.results_name, tier_summary(tier, recipe, arms)
     rows = tier_table(recipe, found)
     with contextlib.suppress(artifact.ArtifactError):
         old = artifact.read_json(folder / f"{name}.json").get("runs", [])

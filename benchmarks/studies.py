@@ -587,7 +587,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_studies(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """The studies that are asked for. Exit code 1 where one of them lacks something."""
     tier = load_tier(options.tier)
-    out = options.out or Path("runs") / f"flops_to_accuracy_{tier.name}"
+    out = options.out or Path("runs") / tier.results_name
     for option, least in (("seeds", 1), ("exact", 8), ("samples", 20), ("items", 2), ("fewest", 2)):
         require(getattr(options, option) >= least, f"--{option}", getattr(options, option), f"at least {least}")
     runs = Runs(tier=tier, out=out, runs=tuple(runs_of(tier, list(tier.arms), options.seeds, out, overrides)))

@@ -100,7 +100,7 @@ class ExtraFeatures:
         if not (directory / FEATURES_FILE).is_file():
             return NO_FEATURES
         saved = artifact.read_json(directory / FEATURES_FILE)
-        names, ends = saved["features"], saved["ends_of_document"]
+        names, ends = saved["features"], saved.get("ends_of_document", {})  # models from before classifiers have none
 
         def read(name: str, dtype: npt.DTypeLike, axes: int = 1) -> npt.NDArray[Any]:
             return np.array(load_array(directory / f"features-{name}.npy", np.dtype(dtype), axes))

@@ -31,7 +31,7 @@ from mates.engine.influence.model import Samples, open_model, predict
 from mates.engine.layout import layout_of
 from mates.engine.probe.stage import probed_samples
 from mates.engine.reference.task import open_references
-from mates.preprocess.artifact import ArtifactError
+from mates.preprocess.artifact import ArtifactError, read_json, write_json
 from mates.preprocess.tokenizer import open_tokenizer
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -95,6 +95,14 @@ def test_save_and_load(recipe: Recipe, tmp_path: Path) -> None:
     np.save(tmp_path / f"features-relevance.{REFERENCE}.npy", np.zeros(3))
     with pytest.raises(ArtifactError, match="extra features that cannot be read"):
         ExtraFeatures.load(tmp_path)
+
+
+def test_models_from_before_classifiers_are_read(recipe: Recipe, tmp_path: Path) -> None:
+    found = make_features(replace(recipe, fit=FitConfig(features=["difficulty", "relevance"])), 1)
+    found.save(tmp_path)
+    saved = read_json(tmp_path / FEATURES_FILE)
+    write_json(tmp_path / FEATURES_FILE, {"features": saved["features"]})
+    assert ExtraFeatures.load(tmp_path).names == ("difficulty", f"relevance.{REFERENCE}")
 
 
 def test_none_leave_nothing_behind(recipe: Recipe, tmp_path: Path) -> None:
