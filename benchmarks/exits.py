@@ -9,7 +9,8 @@ from mates.engine.config import RecipeError
 
 
 def exit_code(name: str, work: Callable[[], int]) -> int:
-    """What ``work`` returns; 2 for a bad recipe or option and 1 for a failed step, whose messages are told under ``name``."""
+    """What ``work`` returns; 2 for a bad recipe or option, 1 for a failed step or file, 130 where it was interrupted; messages are told
+    under ``name``."""
     from mates.launchers.verbs import user_errors
 
     try:
@@ -20,3 +21,9 @@ def exit_code(name: str, work: Callable[[], int]) -> int:
     except user_errors() as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{name}: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr)
+        return 130

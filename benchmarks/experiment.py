@@ -26,6 +26,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,11 +54,15 @@ from mates.engine.pretrain.vigilance import STOPPED
 from mates.engine.progress import say
 from mates.launchers.recipe import load_recipe, parse_with, recipe_parser, write_recipe
 from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError
 
 TIERS = REPOSITORY / "benchmarks" / "tiers"
 OF_ARMS = ("probe", "fit", "score", "select", "baselines")
 """Sections that an arm may have values of its own in."""
-ALSO_OF_ARMS, NOT_OF_ARMS = ("reference.loss_over",), ("probe.after_decay",)
+ALSO_OF_ARMS, NOT_OF_ARMS = ("reference.loss_over",), ("probe.after_decay", "select.materialize")
+OF_RUNS = ("methods", "run_dir", "data_dir")
+"""Recipe values that follow from arms, seeds and --out."""
+ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 STAGE0 = "shared-run"
 MEASURED = "measured.json"
 RUN_RECIPE = "recipe.yaml"
@@ -127,19 +132,29 @@ def load_tier(name: str) -> Tier:
     require(not unknown, str(path), ", ".join(unknown), "extends, workers, prune, recipe and arms")
     for section in ("recipe", "arms"):
         require(isinstance(raw.get(section), dict), f"{path}: {section}", raw.get(section), "a mapping, here or in the tier it extends")
-    arms = {arm: _arm_of(arm, dict(values or {})) for arm, values in raw["arms"].items()}
+    arms = {arm: _arm_of(path, arm, values) for arm, values in raw["arms"].items()}
     require(BASELINE in arms, f"{path}: arms", ", ".join(arms), f"{BASELINE} among them, which others are held against")
-    return Tier(name=path.stem, recipe=raw["recipe"], arms=arms, workers=raw.get("workers", 1), prune=raw.get("prune", False))
+    for name in OF_RUNS:
+        require(name not in raw["recipe"], f"{path}: recipe.{name}", raw["recipe"].get(name), "nothing: arms, seeds and --out say it")
+    workers, prunes = raw.get("workers", 1), raw.get("prune", False)
+    require(type(workers) is int, f"{path}: workers", workers, "a whole number")
+    require(type(prunes) is bool, f"{path}: prune", prunes, "true or false")
+    return Tier(name=path.stem, recipe=raw["recipe"], arms=arms, workers=workers, prune=prunes)
 
 
-def _merged_tier(path: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+def _merged_tier(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    require(path not in extending, f"{path}: extends", path.stem, "a tier that does not extend this one")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as a tier: {error}") from error
+    require(isinstance(raw, dict), str(path), type(raw).__name__, "a mapping with extends, workers, prune, recipe and arms")
     base = raw.pop("extends", None)
     if not base:
-        return raw
+        return dict(raw)
     found = [folder / f"{base}.yaml" for folder in (path.parent, TIERS) if (folder / f"{base}.yaml").is_file()]
     require(bool(found), f"{path}: extends", base, f"a tier beside it or in {TIERS}")
-    merged: dict[str, Any] = _merged(_merged_tier(found[0]), raw)
+    merged: dict[str, Any] = _merged(_merged_tier(found[0], (*extending, path)), raw)
     return merged
 
 
@@ -158,14 +173,19 @@ def _placed(value: Any) -> Any:
     return str(SHARED_DATA / value.removeprefix("SHARED_DATA/")) if isinstance(value, str) and value.startswith("SHARED_DATA/") else value
 
 
-def _arm_of(name: str, values: dict[str, Any]) -> ArmOf:
+def _arm_of(path: Path, name: Any, raw: Any) -> ArmOf:
+    good_name = isinstance(name, str) and ARM_NAME.fullmatch(name) and name not in (STAGE0, "data")
+    require(bool(good_name), f"{path}: arms", name, "a name of letters, digits, dots, dashes and underscores")
+    require(raw is None or isinstance(raw, dict), f"{path}: arms.{name}", raw, "a mapping of values by dotted names, such as probe.method")
+    values = dict(raw or {})
     method, known = values.pop("method", name), get_args(Method)
-    require(method in known, f"arms.{name}", method, f"a method: {', '.join(known)}")
-    require(Path(name).name == name and name not in (STAGE0, "data"), "arms", name, "a name that can be a folder's")
+    require(method in known, f"{path}: arms.{name}", method, f"a method: {', '.join(known)}")
+    allowed = ", ".join([*OF_ARMS, *ALSO_OF_ARMS])
     for key in values:
-        good = key in ALSO_OF_ARMS or (key.partition(".")[0] in OF_ARMS and key not in NOT_OF_ARMS)
-        allowed = ", ".join([*OF_ARMS, *ALSO_OF_ARMS])
-        require(good, f"arms.{name}", key, f"values of {allowed} only, without {', '.join(NOT_OF_ARMS)}: all arms share stage 0")
+        section, dot, _ = str(key).partition(".")
+        good = key in ALSO_OF_ARMS or (section in OF_ARMS and dot and key not in NOT_OF_ARMS)
+        expected = f"values of {allowed} only, by dotted names, without {', '.join(NOT_OF_ARMS)}: all arms share stage 0"
+        require(bool(good), f"{path}: arms.{name}", key, expected)
     return ArmOf(name=name, method=method, changes=values)
 
 
@@ -188,12 +208,15 @@ def runs_of(tier: Tier, arms: Sequence[str], seeds: int, out: Path, overrides: S
     """All runs, seed by seed: stage 0 of a seed before its arms; seeds are counted up from the recipe's own."""
     values = yaml.safe_dump(dict(tier.recipe))
     shared = replace(parse_recipe(values, tuple(overrides)), data_dir=str(out / "data"))
+    for name in OF_RUNS:
+        given = [word for word in overrides if word.partition("=")[0] == f"--{name}"]
+        require(not given, f"--{name}", " ".join(given), "--arms and --out instead")
     processes = shared.launch.processes
     require(processes == 1, "launch.processes", processes, "1: runs of a tier are single processes, several side by side (workers)")
     own = []
     for name in arms:
         arm = tier.arms[name]
-        changed = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arm.changes.items()]
+        changed = [f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}" for key, value in arm.changes.items()]
         recipe = parse_recipe(values, (*overrides, *changed))
         own.append((arm, replace(recipe, methods=[arm.method], data_dir=shared.data_dir)))
     runs = []
@@ -210,22 +233,39 @@ def runs_of(tier: Tier, arms: Sequence[str], seeds: int, out: Path, overrides: S
 def measured(run: Run) -> Arm:
     """An arm of a seed as far as its artifacts are complete; as it was measured, where it has been complete before."""
     assert run.arm is not None
-    path, identity = run.folder / MEASURED, artifact.normalise(_identity(run.recipe))
+    path, method = run.folder / MEASURED, run.arm.method
+    identity = of_this_version(_identity(run.recipe), method)
     if path.is_file():
-        kept = artifact.read_json(path)
-        if kept["recipe"] == identity:
-            return Arm.from_json(kept["arm"])
+        try:
+            kept = artifact.read_json(path)
+            if of_this_version(kept["recipe"], method) == identity:
+                return Arm.from_json(kept["arm"])
+        except (ArtifactError, AttributeError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: cannot be read ({error}); remove it, and the run is measured again") from error
     link_stage0(run)
     arm = measure_arm(run.recipe, collect(run.recipe), run.arm.name, run.arm.method)
     if not missing_stages(arm, run.recipe.pretrain.stages):
         arm = replace(arm, surroundings=surroundings())
-        artifact.write_json(path, {"recipe": identity, "arm": arm.as_json()})
+        artifact.write_json(path, {"recipe": artifact.normalise(_identity(run.recipe)), "arm": arm.as_json()})
     return arm
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What a measured run depends on: not where it lies, nor what its processes were."""
-    return {key: value for key, value in asdict(recipe).items() if key not in ("run_dir", "data_dir", "launch")}
+    """What a measured run depends on: not where it or its text lies, nor what its processes were."""
+    found = {key: value for key, value in asdict(recipe).items() if key not in ("run_dir", "data_dir", "launch")}
+    return dict(without_paths(found))
+
+
+def of_this_version(values: Mapping[str, Any], method: str | None = None) -> Mapping[str, Any]:
+    """A recipe that was kept, maybe by an earlier version, for comparisons: fields that are new since then have their defaults, and those
+    that say nothing of a run of ``method`` are left out. As it is where it can no longer be read."""
+    try:
+        found: dict[str, Any] = artifact.normalise(_identity(parse_recipe(yaml.safe_dump(dict(values)), ())))
+    except RecipeError:
+        return values
+    if method == BASELINE:  # of how influences are found only the end of the decay branch, which they might be found at
+        found = {key: value for key, value in found.items() if key not in ("fit", "score")} | {"probe": found["probe"]["after_decay"]}
+    return found
 
 
 def link_stage0(run: Run) -> None:
@@ -311,10 +351,11 @@ def other_settings(run: Run) -> str | None:
     path = run.folder / RUN_RECIPE
     if not path.is_file():
         return None
+    method = run.arm.method if run.arm else BASELINE
+    made, asked = (of_this_version(artifact.normalise(_identity(one)), method) for one in (load_recipe(path), run.recipe))
     try:
-        require_same(
-            artifact.normalise(_identity(load_recipe(path))), artifact.normalise(_identity(run.recipe)), f"which {run.folder} was made by"
-        )
+        require(made["seed"] == asked["seed"], "seed", asked["seed"], f"{made['seed']}, which {run.folder} was made by")
+        require_same(made, asked, f"which {run.folder} was made by")
     except RecipeError as error:
         return str(error)
     return None

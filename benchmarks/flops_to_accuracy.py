@@ -36,7 +36,7 @@ import io
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -58,13 +58,25 @@ from comparison import (
     ratio_to_baseline,
 )
 from exits import exit_code
-from experiment import Run, Tier, bring_to_end, load_tier, make_data, measured, other_settings, require_same, require_text, runs_of
+from experiment import (
+    Run,
+    Tier,
+    bring_to_end,
+    load_tier,
+    make_data,
+    measured,
+    of_this_version,
+    other_settings,
+    require_same,
+    require_text,
+    runs_of,
+)
 from matplotlib.figure import Figure
 from plots import STYLE, save_figure
 from scipy import stats
 from surroundings import REPOSITORY, surroundings, without_paths
 
-from mates.engine.config import Method, Recipe, require
+from mates.engine.config import INFLUENCE_METHODS, Method, Recipe, require
 from mates.engine.evaluate.figures import SERIES, flops_unit, series_number
 from mates.engine.pretrain.vigilance import STOPPED
 from mates.launchers.recipe import parse_with, recipe_parser
@@ -154,15 +166,28 @@ def write_results(folder: Path, name: str, recipe: Recipe, arms: Sequence[Arm], 
     writer.writeheader()
     writer.writerows(rows)
     lines = text.getvalue().encode()
-    with artifact.atomic_file(folder / f"{name}.csv") as handle:
-        handle.write(lines)
     with mpl.rc_context(STYLE):
         save_figure(plot(recipe, arms, bands=bands), folder, name)
+    with artifact.atomic_file(folder / f"{name}.csv") as handle:  # it and the JSON belong together: what can fail comes before
+        handle.write(lines)
     artifact.write_json(folder / f"{name}.json", found | {"table_blake3": blake3(lines).hexdigest()})
 
 
 def read_results(folder: Path, tier: Tier) -> list[Arm]:
     """The runs that a tier's results hold. ArtifactError where they are not whole, RecipeError where they have other arms than the tier."""
+    try:
+        return _read_results(folder, tier)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _not_results(folder / f"{tier.results_name}.json", error) from error
+
+
+def _not_results(path: Path, error: Exception) -> artifact.ArtifactError:
+    return artifact.ArtifactError(
+        f"{path}: no results of this benchmark ({error!r}); take it and its .csv from one commit, or give another --results"
+    )
+
+
+def _read_results(folder: Path, tier: Tier) -> list[Arm]:
     name = tier.results_name
     path = folder / f"{name}.json"
     if not path.is_file():
@@ -172,12 +197,14 @@ def read_results(folder: Path, tier: Tier) -> list[Arm]:
         raise artifact.ArtifactError(
             f"{path}: results of an earlier version, without `runs`; write them again where the runs are (--report-only)"
         )
+    if not (folder / f"{name}.csv").is_file():
+        raise artifact.ArtifactError(f"{folder / name}.csv: no such file, {path.name} belongs to it; take both files from one commit")
     table = (folder / f"{name}.csv").read_bytes()
     if blake3(table).hexdigest() != found["table_blake3"]:
         raise artifact.ArtifactError(
             f"{folder / name}.csv: not the table of {path.name} (another BLAKE3 digest); take both files from one commit"
         )
-    what = _of_results(folder)
+    what = _whose_results(folder)
     require(set(found["arms"]) <= set(tier.arms), "arms", ", ".join(tier.arms), f"{', '.join(found['arms'])}, {what}")
     for arm, values in found["arms"].items():
         require_same(values["changes"], changes_of(tier, arm), what, f"arms.{arm}.")
@@ -189,22 +216,27 @@ def read_results(folder: Path, tier: Tier) -> list[Arm]:
             method=tier.arms[run["arm"]].method,
             stage0=run["stage0"],
             test_sets=run["test_sets"],
-            rows=[row for row in rows if (row.seed, row.arm) == (run["seed"], run["arm"])],
+            rows=sorted((row for row in rows if (row.seed, row.arm) == (run["seed"], run["arm"])), key=lambda row: row.stage),
             surroundings=run["surroundings"],
         )
         for run in found["runs"]
     ]
 
 
-def spare_results(folder: Path, tier: Tier, recipe: Recipe) -> None:
-    """RecipeError where results of another recipe would be overwritten."""
-    path = folder / f"{tier.results_name}.json"
+def spare_results(folder: Path, name: str, recipe: Recipe, tier: str | None = None) -> None:
+    """RecipeError where results of another recipe, or of a tier and not of a recipe, would be overwritten."""
+    path = folder / f"{name}.json"
     if path.is_file():
-        made, asked = (_of_any_launch(one) for one in (artifact.read_json(path).get("recipe", {}), artifact.normalise(shown(recipe))))
-        require_same(made, asked, _of_results(folder))
+        try:
+            found = artifact.read_json(path)
+            require(found.get("tier") == tier, "--tier", tier, f"{found.get('tier')!r}, {_whose_results(folder)}")
+            made, asked = (_compared(of_this_version(one)) for one in (found["recipe"], shown(recipe)))
+            require_same(made, asked, _whose_results(folder))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise _not_results(path, error) from error
 
 
-def _of_results(folder: Path) -> str:
+def _whose_results(folder: Path) -> str:
     return f"which the results in {folder} are of; give another --results"
 
 
@@ -213,8 +245,8 @@ def changes_of(tier: Tier, arm: str) -> Json:
     return {"method": tier.arms[arm].method, **without_paths(dict(tier.arms[arm].changes))}
 
 
-def _of_any_launch(recipe: Json) -> Json:
-    return {key: value for key, value in recipe.items() if key != "launch"}
+def _compared(recipe: Mapping[str, Any]) -> Json:
+    return {key: value for key, value in recipe.items() if key not in ("launch", "seed")}
 
 
 # --- plot ----------------------------------------------------------------------------------------------------------
@@ -223,7 +255,7 @@ def _of_any_launch(recipe: Json) -> Json:
 def plot(recipe: Recipe, arms: Sequence[Arm], *, bands: bool = False) -> Figure:
     """Metrics against total FLOPs: seeds faint, means over seeds bold, with ``bands`` their 95% intervals by Student's t.
 
-    A dotted line is where random data ends.
+    Arms that choose by influences are solid, others dashed. A dotted line is where random data ends.
     """
     name, names = recipe.reference.name, names_of(arms)
     panels = [
@@ -234,18 +266,19 @@ def plot(recipe: Recipe, arms: Sequence[Arm], *, bands: bool = False) -> Figure:
         ("holdout_loss_nats", "held-out text loss (nats)"),
     ]
     unit, unit_name = flops_unit(max(row.total_flops for arm in arms for row in arm.rows))
-    figure = Figure(figsize=(11, 3.7), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     subplots = figure.subplots(1, len(panels))
     for axes, (metric, label) in zip(subplots, panels, strict=True):
         for arm_name in names:
-            lines = [_line(arm, metric, unit) for arm in arms if arm.name == arm_name]
+            runs = [arm for arm in arms if arm.name == arm_name]
+            lines = [_line(arm, metric, unit) for arm in runs]
             colour = SERIES[series_number(names, arm_name)]
+            dashes = "-" if runs[0].method in (BASELINE, *INFLUENCE_METHODS) else "--"
             for flops, values in lines:
-                axes.plot(flops, values, color=colour, alpha=0.3, lw=1)
+                axes.plot(flops, values, color=colour, alpha=0.3, lw=1, ls=dashes)
             flops, values = ([statistics.fmean(stage) for stage in zip(*side, strict=True)] for side in zip(*lines, strict=True))
-            axes.plot(
-                flops, values, color=colour, lw=2.4, marker="o", ms=4, label=f"{arm_name} ({len(lines)} seed{'s' * (len(lines) > 1)})"
-            )
+            in_legend = f"{arm_name} ({len(lines)} seed{'s' * (len(lines) > 1)})"
+            axes.plot(flops, values, color=colour, lw=2, ls=dashes, marker="o", ms=3.5, label=in_legend)
             if arm_name == BASELINE:
                 axes.axhline(values[-1], color=colour, lw=1, ls=":")
             if bands and len(lines) > 2:  # of two, Student's t is 13 standard errors
@@ -254,7 +287,8 @@ def plot(recipe: Recipe, arms: Sequence[Arm], *, bands: bool = False) -> Figure:
                 axes.fill_between(flops, low, high, color=colour, alpha=0.12, lw=0)
         axes.set(xlabel=f"total compute, selection included ({unit_name})", ylabel=label)
         axes.grid(alpha=0.3)
-    figure.legend(*subplots[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    shown = subplots[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower center", ncols=min(len(names), 5), handlelength=3.5, frameon=False)
     return figure
 
 
@@ -422,7 +456,8 @@ def complete_arms(tier: Tier, options: argparse.Namespace, runs: Sequence[Run], 
     not; and why others are left out, a line each."""
     asked = {str(run) for run in runs}
     first = runs[0].recipe.seed
-    there = [int(path.name.removeprefix("seed-")) for path in options.out.glob("seed-*")]
+    names = (path.name.removeprefix("seed-") for path in options.out.glob("seed-*"))
+    there = [int(name) for name in names if name.isdecimal()]
     seeds = max([options.seeds, *(seed - first + 1 for seed in there)])
     found = {str(arm): arm for arm in taken}
     left_out = []
@@ -452,7 +487,7 @@ def run_tier(arguments: list[str]) -> int:
     if options.data_only:
         make_data(runs[0].recipe)
         return 0
-    spare_results(options.results, tier, runs[0].recipe)
+    spare_results(options.results, tier.results_name, runs[0].recipe, tier.name)
     taken = read_results(options.results, tier) if options.extend else []
     if taken:
         _tell("taken from the results, of which nothing is run here:", [f"{arm}, {_made_by(arm)}" for arm in taken])
@@ -519,6 +554,7 @@ def run_methods(arguments: list[str]) -> int:
     from mates.launchers.verbs import run_recipe
 
     options, recipes = parse(arguments)
+    spare_results(options.results, f"flops_to_accuracy_{options.recipe.stem}", recipes[0])
     for recipe in recipes:
         run_recipe(recipe)
     arms = [arm for recipe in recipes for arm in measure(recipe)]

@@ -25,6 +25,7 @@ import argparse
 import itertools
 import math
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -39,13 +40,13 @@ import pyarrow.parquet as pq
 import torch
 from comparison import Arm, missing_stages
 from exits import exit_code
-from experiment import Run, Tier, load_tier, measured, runs_of
+from experiment import Run, Tier, load_tier, measured, other_settings, runs_of
 from matplotlib.figure import Figure
 from measuring import GateError
 from plots import save_figure
 from surroundings import REPOSITORY, SHARED_DATA, surroundings, without_paths
 
-from mates.engine.config import FitConfig, Method, Recipe, TaskConfig, require
+from mates.engine.config import FitConfig, Method, Recipe, RecipeError, TaskConfig, require
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.distributed import World
 from mates.engine.evaluate.by_field import DocumentValues
@@ -53,7 +54,10 @@ from mates.engine.evaluate.figures import SERIES
 from mates.engine.influence.fit import PREDICTIONS_FILE, selected_influence
 from mates.engine.layout import Layout, layout_of
 from mates.engine.pretrain.stage import open_train_corpus
+from mates.engine.select.methods import needs_influences
 from mates.preprocess import artifact
+from mates.preprocess.artifact import ArtifactError
+from mates.preprocess.inputs import InputError
 
 METHOD: Method = "mates"
 ALONE = World(0, 1, torch.device("cpu"))
@@ -68,17 +72,33 @@ class Runs:
     tier: Tier
     out: Path
     runs: tuple[Run, ...]
+    given: str = ""
+    """--tier as it was given."""
+    overrides: tuple[str, ...] = ()
 
     def of(self, arm: str) -> list[Run]:
         """The runs of an arm, seed by seed. GateError where one is not complete."""
         found = [run for run in self.runs if run.arm is not None and run.arm.name == arm]
-        require(bool(found), f"tier {self.tier.name}", ", ".join(self.tier.arms), f"an arm {arm}")
+        if not found:
+            raise GateError(f"tier {self.tier.name} has no arm {arm}, only {', '.join(self.tier.arms)}")
         for run in found:
             stages = run.recipe.pretrain.stages
             missing = missing_stages(measured(run), stages) if run.folder.is_dir() else list(range(stages))
             if missing:
-                seeds = len(found)
-                command = f"benchmarks/flops_to_accuracy.py --tier {self.tier.name} --arms random,{arm} --seeds {seeds} --out {self.out}"
+                if other := other_settings(run):
+                    raise GateError(f"{run}: {other}")
+                words = [
+                    "--tier",
+                    self.given,
+                    "--arms",
+                    f"random,{arm}",
+                    "--seeds",
+                    str(len(found)),
+                    "--out",
+                    str(self.out),
+                    *self.overrides,
+                ]
+                command = f"benchmarks/flops_to_accuracy.py {shlex.join(words)}"
                 raise GateError(f"{run}: {len(missing)} stages are not complete; run {command}, or look at fewer --seeds")
         return found
 
@@ -110,17 +130,19 @@ def labels(runs: Runs, options: argparse.Namespace) -> Study:
     from mates.engine.influence.fit import fit_stage, split_labels
     from mates.engine.influence.model import Samples
     from mates.engine.influence.ngrams import all_features, label_curve
-    from mates.engine.probe.stage import probe_stage, read_influences
+    from mates.engine.probe.stage import probe_stage, probed_samples, read_influences
 
     source = runs.of(METHOD)[0]
-    stage, name = source.recipe.pretrain.stages - 1, source.recipe.reference.name
-    own = beside(runs, source, "labels", stage)
+    stage, name = fitted_stages(source.recipe)[-1], source.recipe.reference.name
+    own = beside(runs, source, f"labels-{options.labels}-{options.exact}", stage)
     own = replace(own, probe=replace(own.probe, samples=options.labels, method="linear", fidelity_samples=options.exact))
+    pool = open_corpus(layout_of(own).corpus("pool"), own.pretrain.sequence_length)
+    training = split_labels(probed_samples(own, pool.samples, stage), own.fit, own.seed)["train"]
+    require(len(training) >= options.fewest, "--labels", options.labels, f"more than {options.fewest} training labels (--fewest)")
     fidelity = probe_stage(own, ALONE, METHOD, stage).info["fidelity"]
     ids, values, _ = read_influences(layout_of(own).labels(METHOD, stage), [name])
-    samples = Samples(open_corpus(layout_of(own).corpus("pool"), own.pretrain.sequence_length), ids)
+    samples = Samples(pool, ids)
     parts = split_labels(ids, own.fit, own.seed)
-    require(len(parts["train"]) >= options.fewest, "--labels", options.labels, f"more than {options.fewest} training labels (--fewest)")
     divisors = [2**power for power in range(int(math.log2(len(parts["train"]) / options.fewest)), -1, -1)]
     curve = label_curve(lambda rows: all_features(samples[rows]), values[:, 0], parts, own.seed, stage, divisors)
     length = own.pretrain.sequence_length
@@ -145,7 +167,7 @@ def labels(runs: Runs, options: argparse.Namespace) -> Study:
     figure = Figure(figsize=(8.5, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([point["labels"] for point in curve], [point["spearman"] for point in curve], "o-", color=SERIES[1], label="n-grams")
-    left.plot([figures["encoder"]["labels"]], [figures["encoder"]["spearman"]], "s", color=SERIES[2], label="encoder, 2 × 128")
+    left.plot([figures["encoder"]["labels"]], [figures["encoder"]["spearman"]], "s", color=SERIES[2], label="a small encoder")
     left.axhline(math.sqrt(reliability), color=SERIES[0], ls="--", label="labels, with an endless reference")
     left.set(xscale="log", xlabel="training labels", ylabel="Spearman on test labels", ylim=(0, 1))
     left.legend(frameon=False)
@@ -171,22 +193,23 @@ def drift(runs: Runs, options: argparse.Namespace) -> Study:
     rank, worth = [], []
     for run in runs.of(METHOD):
         recipe, layout = run.recipe, layout_of(run.recipe)
-        stages = range(1, recipe.pretrain.stages)
+        stages = fitted_stages(recipe)
         pool, (tokenizer, _) = open_corpus(layout.corpus("pool"), recipe.pretrain.sequence_length), open_tokenizer(layout.tokenizer)
         own_rank, own_worth = np.empty((len(stages), len(stages))), np.empty((len(stages), len(stages)))
-        for fitted in stages:
+        for row, fitted in enumerate(stages):
             directory = layout.influence_model(METHOD, fitted)
             model = open_model(directory, recipe, tokenizer, ALONE.device)
             join = joining(list(label_weights(recipe).values()), artifact.load(directory).info["label_covariance_nats2"])
-            for probed in stages:
+            for column, probed in enumerate(stages):
                 ids, nats, _ = read_labels(layout.labels(METHOD, probed), label_weights(recipe))
                 parts = split_labels(ids, recipe.fit, recipe.seed)
                 test, train = parts["test"], nats[parts["train"]]
                 predicted = predict(model, Samples(pool, ids[test])).astype(np.float64) @ join
-                own_rank[fitted - 1, probed - 1] = agreement(predicted, nats[test])["spearman"] or 0.0
+                spearman = agreement(predicted, nats[test])["spearman"]
+                own_rank[row, column] = math.nan if spearman is None else spearman
                 oracle = (nats[test] - train.mean()) / train.std()
                 chosen = selected_influence(predicted, oracle, recipe.select.ratio, recipe.select.temperature)
-                own_worth[fitted - 1, probed - 1] = chosen["selected"] - chosen["random"]
+                own_worth[row, column] = chosen["selected"] - chosen["random"]
         rank.append(own_rank)
         worth.append(own_worth)
     mean_rank, mean_worth = np.mean(rank, axis=0), np.mean(worth, axis=0)
@@ -195,6 +218,7 @@ def drift(runs: Runs, options: argparse.Namespace) -> Study:
     fresh = {"spearman": np.diagonal(mean_rank).tolist(), "selected_sd": np.diagonal(mean_worth).tolist()}
     figures = {
         "seeds": len(rank),
+        "stages": stages,
         "spearman": mean_rank.tolist(),
         "spearman_by_age": by_lag,
         "first_model": first,
@@ -202,19 +226,26 @@ def drift(runs: Runs, options: argparse.Namespace) -> Study:
     }
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     heat, line, value = figure.subplots(1, 3)
-    numbers = np.arange(1, len(mean_rank) + 1)
-    shown = heat.imshow(mean_rank, origin="lower", cmap="viridis", extent=(0.5, len(numbers) + 0.5, 0.5, len(numbers) + 0.5))
+    numbers = range(len(stages))
+    shown = heat.imshow(mean_rank, origin="lower", cmap="viridis")
     heat.set(xlabel="labels of stage", ylabel="model of stage", title="Spearman on test labels")
+    heat.set_xticks(numbers, stages)
+    heat.set_yticks(numbers, stages)
     figure.colorbar(shown, ax=heat)
     for axes, key, label in (
         (line, "spearman", "Spearman on test labels"),
         (value, "selected_sd", "chosen, minus chance (SD; lower helps)"),
     ):
-        axes.plot(numbers, fresh[key], "o-", color=SERIES[1], label="model of the stage")
-        axes.plot(numbers, first[key], "s-", color=SERIES[2], label="model of stage 1")
+        axes.plot(stages, fresh[key], "o-", color=SERIES[1], label="model of the stage")
+        axes.plot(stages, first[key], "s-", color=SERIES[2], label="model of stage 1")
         axes.set(xlabel="stage", ylabel=label)
         axes.legend(frameon=False)
     return Study(figures, figure)
+
+
+def fitted_stages(recipe: Recipe) -> list[int]:
+    """Stages that have labels and an influence model of their own."""
+    return [stage for stage in range(1, recipe.pretrain.stages) if needs_influences(recipe, METHOD, stage)]
 
 
 # --- one reference against others --------------------------------------------------------------------------------------
@@ -242,7 +273,7 @@ def references(runs: Runs, options: argparse.Namespace) -> Study:
 
     source = runs.of(METHOD)[0]
     found: Json = {}
-    for label, stage in (("early", 1), ("late", source.recipe.pretrain.stages - 1)):
+    for label, stage in (("early", 1), ("late", fitted_stages(source.recipe)[-1])):
         own, ids, passages = labels_on(runs, source, "references", stage, "passage", options)
         last_words = labels_on(runs, source, "references-last-words", stage, "answer", options)[2]
         names = ["passages", "last words", *TASKS]
@@ -286,7 +317,7 @@ def labels_on(
     from mates.engine.data.steps import reference_step
     from mates.engine.probe.stage import probe_stage, read_influences
 
-    own = beside(runs, source, study, stage)
+    own = beside(runs, source, f"{study}-{options.samples}-{options.items}", stage)
     more = [
         TaskConfig(name=name, format=form, source=str(SHARED_DATA / "eval" / path), items=options.items)
         for name, (form, path) in (TASKS.items() if span == "passage" else ())
@@ -354,7 +385,7 @@ def selection(runs: Runs, options: argparse.Namespace) -> Study:
     corpus = open_train_corpus(complete[0].recipe)  # all seeds' own
     known = Sources(corpus)
     for run in complete:
-        for stage in range(1, run.recipe.pretrain.stages):
+        for stage in fitted_stages(run.recipe):
             directory = layout_of(run.recipe).influence_model(METHOD, stage)
             info, table = artifact.load(directory).info, pq.read_table(directory / PREDICTIONS_FILE)
             test = np.array(table["part"].to_pylist()) == "test"
@@ -590,13 +621,14 @@ def run_studies(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     out = options.out or Path("runs") / tier.results_name
     for option, least in (("seeds", 1), ("exact", 8), ("samples", 20), ("items", 2), ("fewest", 2)):
         require(getattr(options, option) >= least, f"--{option}", getattr(options, option), f"at least {least}")
-    runs = Runs(tier=tier, out=out, runs=tuple(runs_of(tier, list(tier.arms), options.seeds, out, overrides)))
+    every = tuple(runs_of(tier, list(tier.arms), options.seeds, out, overrides))
+    runs = Runs(tier=tier, out=out, runs=every, given=options.tier, overrides=tuple(overrides))
     settings = {key: value for key, value in vars(options).items() if key not in ("results", "out", "study")}
     is_closed = False
     for name in STUDIES if options.study == "all" else [options.study]:
         try:
             write_study(options.results, f"study_{name}_{tier.name}", STUDIES[name](runs, options), settings)
-        except GateError as error:  # one that lacks something leaves the others alone
+        except (GateError, RecipeError, ArtifactError, InputError) as error:  # one that lacks something leaves the others alone
             print(f"studies: {name}: {error}", file=sys.stderr)
             is_closed = True
         else:

@@ -423,7 +423,8 @@ class ProbeConfig:
     moments, the optimizer step and the reference losses of exact influences stay in fp32."""
     fidelity_samples: int = 32
     """Samples (of ``samples``) on which every method is compared with exact influences, at every checkpoint; 0 compares nothing. Each costs
-    what an exact influence costs, so that beside a cheap method the comparison is most of the time: fewer do where it is known to hold."""
+    what an exact influence costs, so that beside a cheap method the comparison is most of the time: use fewer once a method is known to
+    be faithful."""
     min_fidelity: float = 0.95
     """Spearman's correlation with exact influences that ``auto`` asks of a method: the lower end of its 95% interval."""
     subset_items: int = 16
@@ -470,9 +471,9 @@ class FitConfig:
 
     model: Literal["encoder", "ngram", "cascade"] = "encoder"
     """``encoder``: a BERT-architecture encoder, mean-pooled over chunks, with a regression head for each reference task. ``ngram``: ridge
-    regression on hashed uni- and bigrams of tokens, seconds on a CPU and hardly a FLOP; of what follows only features and shares matter
-    to it. ``cascade``: both; the n-gram model drops the candidates that it is sure about, the encoder reads the rest, and these have the
-    mean of both predictions, weighted by validation labels."""
+    regression on hashed uni- and bigrams of tokens, seconds on a CPU and hardly a FLOP; of what follows only ``features``,
+    ``earlier_labels`` and shares matter to it. ``cascade``: both; the n-gram model drops the candidates that it is sure about, the encoder
+    reads the rest, and these have the mean of both predictions, weighted by validation labels."""
     features: list[Literal["difficulty", "relevance", "quality"]] = field(default_factory=list)
     """What a model sees of a sample beside its words: ``difficulty``, its loss under a bigram language model of the pool; ``relevance``,
     how much likelier its n-grams are in each reference task than in the pool (DSIR's importance weight, per n-gram); ``quality``, the

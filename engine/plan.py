@@ -24,7 +24,8 @@ from mates.preprocess.indexed import token_dtype
 TEXT_BYTES_PER_TOKEN = 4.4  # English web text through a 50k vocabulary; a smaller vocabulary gives more tokens
 COMPRESSION = 2.7  # gzip or zstandard on web text
 REFERENCE_TOKENS_PER_ITEM = 90  # LAMBADA; a reference that exists is counted exactly
-CHECKPOINT_BYTES = 12 + 4 + 14  # a weight's bytes in state/ (fp32 weights and moments), hf/ (fp32) and DeepSpeed's own folder
+STATE_BYTES = 12  # a weight's bytes in state/: fp32 weights and moments
+CHECKPOINT_BYTES = STATE_BYTES + 4 + 14  # and in hf/ (fp32) and DeepSpeed's own folder
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,14 @@ def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int)
     sizes = block_sizes(recipe)
     tokens = tokens_found or sum(sizes) * recipe.pretrain.sequence_length
     checkpoints = 1 + len(recipe.methods) * (recipe.pretrain.stages - 1)
+    branches = checkpoints if recipe.probe.after_decay else 0  # weights and moments of each decay branch, for the probe
+    scored = [method for method in recipe.methods if needs_scores(method, recipe.pretrain.stages - 1)]
+    scores = sum(len(label_weights(recipe)) if method in INFLUENCE_METHODS else 1 for method in scored)
     scorer = 3 if recipe.corpus.scorer_tokenizer else 0  # about as many encoder tokens, mostly of 2 bytes, and a count
     return {
         "corpora": float(tokens * (token_dtype(vocab).itemsize + scorer)),
-        "checkpoints (all kept)": float(checkpoints * CHECKPOINT_BYTES * parameters),
-        "scores and indices": float(sum(sizes) * 4 + sum(sizes) * 8 * recipe.select.ratio),
+        "checkpoints (all kept)": float((checkpoints * CHECKPOINT_BYTES + branches * STATE_BYTES) * parameters),
+        "scores and indices": float(sum(sizes) * 4 * scores + sum(sizes) * 8 * recipe.select.ratio * len(recipe.methods)),
     }
 
 

@@ -19,6 +19,7 @@ from functools import partial
 import psutil
 
 PROMISED_WORLD_SIZE = "MATES_WORLD_SIZE"
+NOBODY = "nobody"
 LOWEST_PORT, PORTS = 15_000, 15_000  # below the ports that systems hand out by themselves
 
 
@@ -28,7 +29,7 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """A process among those of its step. ``launcher`` is who says so: torch (deepspeed, torchrun), openmpi, mpich, slurm or nobody."""
+    """A process among those of its step. ``launcher`` is who says so: torch (deepspeed, torchrun), openmpi, mpich, slurm or "nobody"."""
 
     rank: int
     size: int
@@ -49,8 +50,9 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         raise LaunchError(f"rank {place.rank} of {place.size} ranks, by the variables of {place.launcher}; check the launch command")
     promised, who = _promised(environment)
     if promised is not None and place.size != promised:
+        by = "no launcher's variables are set" if place.launcher == NOBODY else f"by the variables of {place.launcher}"
         raise LaunchError(
-            f"rank {place.rank}: {who} promised {promised} ranks, this process finds {place.size} (by the variables of {place.launcher}); "
+            f"rank {place.rank}: {who} promised {promised} ranks, this process finds {place.size} ({by}); "
             "check the launch command: these would be separate jobs, each doing all of the work"
         )
     return place
@@ -89,7 +91,7 @@ def _place(environment: Mapping[str, str]) -> Place:
                 f"{name} is {environment[name]}, of a launcher whose other variables are not known here; set RANK, WORLD_SIZE, LOCAL_RANK, "
                 "LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each rank, or check the launch command"
             )
-    return Place(0, 1, 0, 1, "nobody")
+    return Place(0, 1, 0, 1, NOBODY)
 
 
 def _tasks_of_node(tasks: str, node: int, size: int) -> int:

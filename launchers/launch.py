@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from mates.engine.config import Recipe, RecipeError, ResourcesConfig, SlurmLauncher, require
-from mates.engine.loop import STAGE_VERBS, Step, check_needed, step_request
+from mates.engine.loop import Step, check_needed, step_request
 from mates.engine.progress import say
 from mates.engine.ranks import PROMISED_WORLD_SIZE, LaunchError, first_host, free_port
 from mates.launchers.jobs import MPI_VERBS, SHARED_OUT, Job, Resources, job_script, jobs_folder, resources_of, step_arguments, step_name
@@ -29,6 +29,8 @@ from mates.preprocess.artifact import atomic_file
 
 Mode = Literal["local", "deepspeed", "slurm", "mpi"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+BATCH_VERBS = ("pretrain", "evaluate")
+"""Their ranks share training batches."""
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
 
 
@@ -57,7 +59,7 @@ def with_ranks(recipe: Recipe, step: Step, nodes: int | None, gpus_per_node: int
     if gpus_per_node is not None or processes_per_node is not None:
         own = replace(own, gpus_per_node=gpus_per_node or 0)
     launch = replace(recipe.launch, slurm=replace(slurm, steps={**slurm.steps, step.verb: own}))
-    if step.verb in STAGE_VERBS:
+    if step.verb in BATCH_VERBS:
         launch = replace(launch, processes=nodes * per_node, nodes=nodes)
     return replace(recipe, launch=launch)
 

@@ -439,6 +439,11 @@ def find_complete(directory: Path, *, kind: str, settings: Mapping[str, Json], i
     return manifest
 
 
+def finished(directory: Path, kind: str) -> Manifest | None:
+    """The manifest of a complete artifact, whatever it was made with; None where there is none."""
+    return load(directory, kind) if (directory / MANIFEST_NAME).is_file() else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """An artifact that a step is asked for: where, what, with which settings, from which inputs (name → fingerprint)."""

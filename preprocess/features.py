@@ -12,7 +12,6 @@ import pyarrow as pa
 import xxhash
 
 Feature = Literal["length", "hash", "ngrams"]
-FEATURES: tuple[Feature, ...] = ("length", "hash", "ngrams")
 TOKENS_COLUMN = "tokens"  # of every row: tokens of the document without the end-of-document token
 NGRAM_BUCKETS = 10_000  # as DSIR (arXiv 2302.03169) uses
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: Fibonacci hashing

@@ -40,7 +40,7 @@ class QualityClassifier:
     def fit(cls, positives: Windows, negatives: Windows, end: int, penalty: float = PENALTY) -> QualityClassifier:
         """Minimise Σ_i s_i·ln(1 + exp(−y_i·(w·x_i + b))) + penalty/2·‖w‖², s_i = n / (2·samples of the class of i), by L-BFGS.
 
-        x is :func:`~mates.engine.influence.ngrams.ngram_features` of a sample. All are held: up to 24 bytes a token. The result does not
+        x is :func:`~mates.engine.influence.bags.ngram_features` of a sample. All are held: up to 24 bytes a token. The result does not
         depend on the number of threads.
 
         Args:
@@ -62,7 +62,7 @@ class QualityClassifier:
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(features, labels)
         if model.n_iter_[0] >= ITERATIONS:
-            raise ValueError(f"no optimum after {ITERATIONS} iterations; raise the penalty above {penalty}")
+            raise ValueError(f"no optimum of the classifier after {ITERATIONS} iterations at penalty {penalty}; take other samples")
         return cls(np.append(model.coef_[0], model.intercept_[0]), end)
 
     @classmethod
@@ -85,12 +85,11 @@ def _features(windows: Windows, end: int) -> list[sparse.csr_array]:
 
 
 def without(windows: Windows, end: int) -> Windows:
-    """Windows [n, L] with the token beside it in the place of each end-of-document token."""
-
-    filled = windows.copy()
-    filled[:, 0] = np.where(filled[:, 0] == end, filled[:, min(1, windows.shape[1] - 1)], filled[:, 0])
-    for column in np.flatnonzero((filled == end).any(0)).tolist():
-        filled[:, column] = np.where(filled[:, column] == end, filled[:, column - 1], filled[:, column])
+    """Windows [n, L] with the token before it in the place of each end-of-document token, at a window's start the first other one."""
+    filled, rows = windows.copy(), np.arange(len(windows))
+    filled[:, 0] = windows[rows, np.argmax(windows != end, axis=1)]
+    for column in np.flatnonzero((windows[:, 1:] == end).any(0)) + 1:
+        filled[:, column] = np.where(windows[:, column] == end, filled[:, column - 1], windows[:, column])
     return filled
 
 

@@ -18,7 +18,7 @@ from mates.engine.baselines.quality import QualityClassifier, packed
 from mates.engine.baselines.ratings import Ratings, read_ratings
 from mates.engine.baselines.semdedup import cluster, similarities
 from mates.engine.chunks import run_chunks
-from mates.engine.config import Recipe, require
+from mates.engine.config import Recipe, RecipeError, require
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import load_array
@@ -29,22 +29,32 @@ from mates.engine.influence.features import feature_inputs, item_tokens, pieces,
 from mates.engine.influence.model import Floats, Ids, Samples, Scorer, Scores
 from mates.engine.layout import layout_of
 from mates.engine.pretrain import checkpoint
-from mates.engine.pretrain.model import at_least_fp32, build_uninitialised, model_config, padded_vocabulary, reset_at_documents
+from mates.engine.pretrain.model import (
+    build_uninitialised,
+    document_positions,
+    model_config,
+    padded_vocabulary,
+    reset_at_documents,
+    token_losses,
+)
 from mates.engine.pretrain.shapes import resolve_shape
 from mates.engine.random import KeyedPermutation
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError, Json
-from mates.preprocess.inputs import InputFile, find_inputs, open_raw
+from mates.preprocess.inputs import InputError, InputFile, find_inputs, open_raw
 from mates.preprocess.readers import read_texts
-from mates.preprocess.tokenizer import open_tokenizer
+from mates.preprocess.tokenizer import TokenizerError, open_tokenizer
 
 RAW_SAMPLES = 50_000  # samples of the pool that stand for the raw text, at most
 OF_CHECKPOINT = ("perplexity", "semdedup")
+KEPT_APART = 0.9  # of different ratings that float32 tells apart, at least: some of many are always as near as its steps
 
 
 def baseline_request(recipe: Recipe, method: str, stage: int) -> tuple[dict[str, Json], dict[str, str]]:
-    """Settings and inputs that a baseline's scores depend on."""
+    """Settings and inputs that a baseline's scores depend on. Where files of the user's are gone those of finished scores are believed, so
+    that a finished run can be looked at anywhere."""
     layout, config = layout_of(recipe), recipe.baselines
+    done = artifact.finished(layout.scores(method, stage), "scores")
     settings: dict[str, Json] = {"scorer": method}
     if method in OF_CHECKPOINT:
         if method == "semdedup":
@@ -52,11 +62,17 @@ def baseline_request(recipe: Recipe, method: str, stage: int) -> tuple[dict[str,
         return settings, {"checkpoint": artifact.load(layout.checkpoint(method, stage - 1), "checkpoint").fingerprint}
     if method == "ratings":
         assert config.ratings is not None
-        return settings, {"ratings": _digest(Path(config.ratings))}
+        known = done.inputs.get("ratings") if done else None
+        return settings, {"ratings": known if known and not Path(config.ratings).exists() else _digest(Path(config.ratings))}
     if method == "quality":
         settings["quality_samples"] = config.quality_samples
         if config.quality_sources:
-            settings["quality_sources"] = [[file.name, _digest_of_input(file)] for file in find_inputs(config.quality_sources)]
+            try:
+                settings["quality_sources"] = [[file.name, _digest_of_input(file)] for file in find_inputs(config.quality_sources)]
+            except InputError:
+                if done is None or "quality_sources" not in done.settings:
+                    raise
+                settings["quality_sources"] = done.settings["quality_sources"]
             return settings, {"pool": artifact.load(layout.corpus("pool"), "corpus").fingerprint}
     return settings, feature_inputs(recipe)
 
@@ -78,7 +94,19 @@ def _digest(path: Path) -> str:
 
 
 def open_baseline(recipe: Recipe, method: str, stage: int, world: World, directory: Path) -> Scorer:
-    """The scorer of a method that needs no influence model; ``directory`` is where semdedup keeps the embeddings that it compares."""
+    """The scorer of a method that needs no influence model; ``directory`` is where semdedup keeps the embeddings that it compares.
+
+    ArtifactError where one cannot be made of what there is.
+    """
+    try:
+        return _open(recipe, method, stage, world, directory)
+    except (ArtifactError, InputError, RecipeError, TokenizerError):
+        raise
+    except ValueError as error:
+        raise ArtifactError(f"{method}, stage {stage}: {error}") from error
+
+
+def _open(recipe: Recipe, method: str, stage: int, world: World, directory: Path) -> Scorer:
     corpus = open_corpus(layout_of(recipe).corpus("train"), recipe.pretrain.sequence_length)
     if method == "dsir":
         pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
@@ -125,7 +153,7 @@ class _Known:
         """As float32, which scores are kept in."""
         with np.errstate(over="ignore"):
             narrow = ratings.astype(np.float32)
-        if not np.isfinite(narrow).all() or len(np.unique(narrow)) < len(np.unique(ratings)):
+        if not np.isfinite(narrow).all() or len(np.unique(narrow)) < KEPT_APART * len(np.unique(ratings)):
             raise ArtifactError(
                 f"{self.path}: scores from {ratings.min():.9g} to {ratings.max():.9g}, which float32 cannot hold or tell apart; "
                 "subtract their mean and divide by their standard deviation"
@@ -150,8 +178,9 @@ class _Checkpoint:
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(state.weights[name])
-        if recipe.pretrain.reset_at_documents:
-            reset_at_documents(self._model, vocabulary["end_of_document"])
+        self._resets_after = vocabulary["end_of_document"] if recipe.pretrain.reset_at_documents else None
+        if self._resets_after is not None:
+            reset_at_documents(self._model, self._resets_after)
         self._batch = recipe.evaluate.batch_size
         is_bf16 = recipe.pretrain.precision == "bf16" and world.device.type == "cuda"  # CPUs take long over it
         self._autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_bf16)
@@ -168,16 +197,17 @@ class _Checkpoint:
     def _losses(self, samples: Samples) -> Scores:
         scores = np.empty((len(samples), 1), np.float32)
         for start, windows in self._batches(samples):
-            logits = at_least_fp32(self._model(input_ids=windows[:, :-1]).logits)
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
-            scores[start : start + len(windows), 0] = losses.cpu().numpy()
+            scores[start : start + len(windows), 0] = token_losses(self._model, windows).mean(1).cpu().numpy()
         return scores
 
     def embeddings(self, samples: Samples) -> Scores:
         """Mean over a sample's tokens of the last hidden state: [n, D] float32."""
         found = np.empty((len(samples), self.width), np.float32)
         for start, windows in self._batches(samples):
-            hidden = self._model.base_model(input_ids=windows[:, :-1]).last_hidden_state  # type: ignore[operator]
+            inputs = windows[:, :-1]
+            # the hook of reset_at_documents is the whole model's
+            positions = {} if self._resets_after is None else {"position_ids": document_positions(inputs, self._resets_after)}
+            hidden = self._model.base_model(input_ids=inputs, **positions).last_hidden_state  # type: ignore[operator]
             found[start : start + len(windows)] = hidden.float().mean(1).cpu().numpy()
         return found
 

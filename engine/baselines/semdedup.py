@@ -100,6 +100,9 @@ def _unit(vectors: Embeddings, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.
     lengths = np.sqrt(np.einsum("md,md->m", wide, wide))
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
-        raise ValueError(f"embedding {int(rows[bad[0]])} has length {lengths[bad[0]]}, which has no direction; {len(bad)} are so")
+        raise ValueError(
+            f"embedding {int(rows[bad[0]])} has length {lengths[bad[0]]}, which has no direction; {len(bad)} are so; "
+            "is the checkpoint sound?"
+        )
     unit: npt.NDArray[np.float32] = (wide / lengths[:, None]).astype(np.float32)
     return unit

@@ -44,7 +44,10 @@ def read_index(directory: Path, corpus_fingerprint: str) -> SelectionIndex:
     manifest = artifact.load(directory, "selection index")
     made_for = manifest.inputs["corpus"]
     if made_for != corpus_fingerprint:
-        raise ArtifactError(f"{directory}: selected from corpus {made_for[:12]}, but the train corpus is {corpus_fingerprint[:12]}")
+        raise ArtifactError(
+            f"{directory}: selected from corpus {made_for[:12]}, but the train corpus is {corpus_fingerprint[:12]}; "
+            "restore that corpus, or remove the folder and run `mates select` again"
+        )
     return SelectionIndex(manifest, load_array(directory / INDEX_FILE, np.dtype(np.int64), ndim=1))
 
 

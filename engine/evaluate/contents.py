@@ -102,10 +102,12 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Scores in SD of the labels: of candidates [n], at most a million of them, and of the selected ones among these [k]."""
+    """Scores in SD of the labels: of candidates [n], at most a million of them, and of the selected ones among these [k]; whether there
+    are more."""
 
     candidates: Floats
     selected: Floats
+    is_part: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +269,7 @@ def _selection(recipe: Recipe, method: str, stage: int) -> Selection:
     means = scores.predicted(scores.read(0, shown))[0] @ join
     candidates = make_blocks(recipe, corpus.samples).candidates(stage, 0, shown)
     chosen = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids[:shown])
-    return Selection(candidates=means, selected=means[np.isin(candidates, chosen)])
+    return Selection(candidates=means, selected=means[np.isin(candidates, chosen)], is_part=shown < scores.samples)
 
 
 # --- examples ------------------------------------------------------------------------------------------------------

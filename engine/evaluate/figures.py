@@ -29,7 +29,7 @@ UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e
 # Stand-ins that are written into the SVG and then exchanged for the page's colours. Rasterised points keep theirs,
 # which therefore have to be readable on light and on dark ground.
 INK, GRID = "#010101", "#020202"
-SERIES = ("#7c8594", "#e8590c", "#1c7ed6", "#2f9e44", "#9c36b5", "#c99700", "#0c8599", "#c2255c")
+SERIES = ("#7c8594", "#e8590c", "#1c7ed6", "#2f9e44", "#9c36b5", "#c99700", "#0c8599", "#c2255c", "#8d5a3b")
 COLOURS = {INK: "currentColor", GRID: "var(--grid)"} | {colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)}
 STYLE = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
@@ -164,7 +164,7 @@ def evaluation_figure(
             number = series_number(methods, method)
             flops = [point.flops / unit for point in line]
             values = [scale * point.metrics[metric] for point in line]
-            axes.plot(flops, values, color=SERIES[number], marker="os^DvPX*"[number], ms=5, label=method, clip_on=False)
+            axes.plot(flops, values, color=SERIES[number], marker="os^DvPX*h"[number], ms=5, label=method, clip_on=False)
         axes.set_xlim(left=0)
         if percent:
             axes.set_ylim(bottom=0, top=max(1.0, axes.get_ylim()[1]))

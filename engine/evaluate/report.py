@@ -16,6 +16,7 @@ from mates.engine.evaluate import contents, figures
 from mates.engine.evaluate.contents import StageView
 from mates.engine.layout import layout_of
 from mates.engine.ledger import NOT_DONE, PHASES, TRAINING, Entry, Ledger, cumulative_cost, write_ledger
+from mates.engine.probe.stage import label_weights
 from mates.preprocess import artifact
 from mates.preprocess.artifact import Cost
 from mates.preprocess.corpus import SPLITS
@@ -97,6 +98,7 @@ def render(recipe: Recipe, ledger: Ledger) -> str:
     return environment.get_template(TEMPLATE).render(
         recipe=recipe,
         reference=recipe.reference.name,
+        influence_tasks=list(label_weights(recipe)),
         last_stage=recipe.pretrain.stages - 1,
         ledger=ledger,
         missing=ledger.missing,
@@ -237,6 +239,8 @@ def _training_text(recipe: Recipe) -> str:
 
 def _tokenizer_text(recipe: Recipe) -> str:
     config = recipe.tokenizer
+    if recipe.corpus.union:
+        return "that of the corpora"
     return Path(config.path).name if config.path else f"{config.kind}, trained on the corpus"
 
 
@@ -258,7 +262,7 @@ def _model_text(recipe: Recipe, ledger: Ledger) -> str:
 
 
 def _corpus_text(recipe: Recipe, ledger: Ledger) -> str:
-    inputs = ", ".join(Path(item).name for item in recipe.corpus.inputs)
+    inputs = ", ".join(Path(item).name for item in recipe.corpus.union or recipe.corpus.inputs)
     if not ledger.done("preprocess"):
         return f"{inputs}; {NOT_DONE}"
     layout = layout_of(recipe)

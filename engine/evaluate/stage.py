@@ -77,10 +77,10 @@ def _tasks_fingerprint(config: EvaluateConfig, done: Path) -> str:
         folder = Path(config.task_data or "")
         return artifact.fingerprint_of([[name, [artifact.digest_of(path) for path in find_files(name, folder)]] for name in config.tasks])
     except InputError:
-        read = artifact.load(done, "evaluation").inputs.get("tasks") if (done / artifact.MANIFEST_NAME).is_file() else None
-        if read is None:
+        evaluated = artifact.finished(done, "evaluation")
+        if evaluated is None or "tasks" not in evaluated.inputs:
             raise
-        return read
+        return evaluated.inputs["tasks"]
 
 
 def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manifest:

@@ -105,16 +105,19 @@ class ExtraFeatures:
         def read(name: str, dtype: npt.DTypeLike, axes: int = 1) -> npt.NDArray[Any]:
             return np.array(load_array(directory / f"features-{name}.npy", np.dtype(dtype), axes))
 
+        def tasks(kind: str) -> list[str]:
+            """In the order of the columns, which that of a mapping in JSON is not."""
+            return [name.removeprefix(f"{kind}.") for name in names if name.startswith(f"{kind}.")]
+
         try:
             model = None
             if DIFFICULTY in names:
                 dtypes = {"starts": np.int64, "followers": np.uint32, "counts": np.int64}
                 model = NgramLanguageModel.from_arrays({name: read(f"{DIFFICULTY}.{name}", dtype) for name, dtype in dtypes.items()})
-            tasks = [name.removeprefix(f"{RELEVANCE}.") for name in names if name.startswith(f"{RELEVANCE}.")]
-            ratios = {task: Dsir.from_array(read(f"{RELEVANCE}.{task}", np.float64)) for task in tasks}
-            classifiers = {task: QualityClassifier.from_array(read(f"{QUALITY}.{task}", np.float64), end) for task, end in ends.items()}
+            ratios = {task: Dsir.from_array(read(f"{RELEVANCE}.{task}", np.float64)) for task in tasks(RELEVANCE)}
+            classifiers = {task: QualityClassifier.from_array(read(f"{QUALITY}.{task}", np.float64), ends[task]) for task in tasks(QUALITY)}
             found = cls(model, ratios, classifiers, read("standard", np.float64, 2))
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise ArtifactError(f"{directory}: extra features that cannot be read ({error}); fit the model again") from error
         if found.standard.shape != (2, len(names)):
             raise ArtifactError(
@@ -141,10 +144,19 @@ def make_features(recipe: Recipe, stage: int) -> ExtraFeatures:
     """The features that a recipe's influence model of a stage sees.
 
     N-grams are counted in samples of the pool that the model is not fitted to: those would seem easier than candidates are. Classifiers,
-    too, know none of these.
+    too, know none of these. ArtifactError where there is too little to make them of.
     """
     if not recipe.fit.features:
         return NO_FEATURES
+    try:
+        return _make(recipe, stage)
+    except ArtifactError:
+        raise
+    except ValueError as error:
+        raise ArtifactError(f"fit.features, stage {stage}: {error}") from error
+
+
+def _make(recipe: Recipe, stage: int) -> ExtraFeatures:
     pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
     others = unprobed_samples(recipe, pool, stage)
     model, ratios, classifiers = None, {}, {}

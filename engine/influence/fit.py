@@ -133,8 +133,11 @@ def fit_request(recipe: Recipe, method: str, stage: int) -> Request:
         settings.pop("earlier_labels")
     if recipe.fit.features:
         inputs |= feature_inputs(recipe)
-    if recipe.fit.model != "ngram" and recipe.fit.encoder is not None and Path(recipe.fit.encoder).is_dir():
-        inputs["encoder"] = encoder_fingerprint(Path(recipe.fit.encoder))
+    if recipe.fit.model != "ngram" and recipe.fit.encoder is not None:
+        if Path(recipe.fit.encoder).is_dir():
+            inputs["encoder"] = encoder_fingerprint(Path(recipe.fit.encoder))
+        elif (done := artifact.finished(layout.influence_model(method, stage), "influence model")) and "encoder" in done.inputs:
+            inputs["encoder"] = done.inputs["encoder"]  # its folder is gone; a finished run can be looked at anywhere
     if recipe.fit.model == "cascade":
         settings |= {"ratio": recipe.select.ratio, "label_weights": label_weights(recipe)}
     return Request(directory=layout.influence_model(method, stage), kind="influence model", settings=settings, inputs=inputs)

@@ -63,7 +63,7 @@ def fit_ridge(features: sparse.csr_array, values: Floats, penalty: float) -> Ngr
     """Minimise Σ (x_i·w + b − y_i)² + penalty·‖w‖² with b the mean of y, by LSMR (Fong & Saunders, 2011).
 
     Args:
-        features: [n, 2**18]. values: [n]. penalty: of the weights.
+        features: [n, 2**18 + F]. values: [n]. penalty: of the weights.
     """
     bias = float(values.mean())
     weights = lsmr(features, values - bias, damp=penalty**0.5, maxiter=ITERATIONS)[0]

@@ -180,6 +180,7 @@ def open_scores(directory: Path, corpus_fingerprint: str) -> Scores:
     manifest = artifact.load(directory, "scores")
     if manifest.inputs["corpus"] != corpus_fingerprint:
         raise ArtifactError(
-            f"{directory}: scores of corpus {manifest.inputs['corpus'][:12]}, but the train corpus is {corpus_fingerprint[:12]}"
+            f"{directory}: scores of corpus {manifest.inputs['corpus'][:12]}, but the train corpus is {corpus_fingerprint[:12]}; "
+            "restore that corpus, or remove the folder and run `mates score` again"
         )
     return Scores(directory, manifest)

@@ -231,14 +231,6 @@ def document_positions(tokens: torch.Tensor, end_of_document: int) -> torch.Tens
     return places - torch.cummax(torch.where(is_first, places, 0), 1).values
 
 
-def load_exported(directory: Path, dtype: torch.dtype) -> nn.Module:
-    """A model from a Hugging Face folder on disk."""
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
-    return model.eval()
-
-
 def next_token_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of predicting each next token: windows [B, L + 1] int64 → scalar, fp32 (fp64 for an fp64 model)."""
     logits = at_least_fp32(model(input_ids=windows[:, :-1]).logits)

@@ -119,7 +119,10 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     index = read_index(layout.index(method, stage), corpus.fingerprint)
     wanted = recipe.pretrain.steps_per_stage * recipe.pretrain.batch_size
     if len(index.ids) != wanted:
-        raise ArtifactError(f"{layout.index(method, stage)}: {len(index.ids)} samples, the stage trains on {wanted}")
+        raise ArtifactError(
+            f"{layout.index(method, stage)}: {len(index.ids)} samples, the stage trains on {wanted}; "
+            "restore the recipe's steps and batch size, or remove the folder and run `mates select` again"
+        )
     trainer = new_trainer(recipe, world, corpus, Path(recipe.model.weights) if stage == 0 and recipe.model.weights else None)
     run = _StageRun(recipe, trainer, corpus, index.ids, request, method, stage, started, signals)
     run.restore()

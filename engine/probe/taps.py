@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mates.engine.pretrain.model import at_least_fp32, next_token_loss
+from mates.engine.pretrain.model import at_least_fp32, next_token_loss, token_losses
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -97,8 +97,7 @@ class Taps:
         """Forward and backward over samples [K, T + 1] int64. Parameters get no gradients."""
 
         def losses() -> torch.Tensor:
-            logits = at_least_fp32(self._model(input_ids=windows[:, :-1]).logits)
-            return nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+            return token_losses(self._model, windows).mean(1)
 
         return self.listen(losses)
 

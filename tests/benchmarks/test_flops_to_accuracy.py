@@ -162,6 +162,24 @@ def test_the_band_is_students_t() -> None:
     assert half_width([1.0, 3.0]) == pytest.approx(12.7062047 * math.sqrt(2) / math.sqrt(2), rel=1e-6)
 
 
+def test_the_plot_tells_arms_and_metrics_apart(tmp_path: Path) -> None:
+    methods = ["random", "mates", "mates-topk", "mates-static", "dsir", "semdedup", "quality", "perplexity", "ratings"]
+    points = [(1e12, 5.0), (3e12, 4.0)]
+    arms = [arm(method, points) for method in methods]
+    for one in arms:
+        for row in one.rows:
+            row.metrics.update({f"{REFERENCE}.{name}": 1.0 for name in ("loss_nats", "accuracy")} | {"holdout_loss_nats": 2.0})
+    recipe = make_recipe(tmp_path)
+    figure = flops_to_accuracy.plot(recipe, arms)
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == [f"held-out {REFERENCE} loss (nats)", f"held-out {REFERENCE} accuracy (share)", "held-out text loss (nats)"]
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")}
+    assert list(lines) == [f"{method} (1 seed)" for method in methods]
+    assert len({line.get_color() for line in lines.values()}) == len(methods)
+    dashed = [label.partition(" ")[0] for label, line in lines.items() if line.get_linestyle() == "--"]
+    assert dashed == methods[4:]  # those that ask no model
+
+
 def test_values_at_equal_flops_lie_on_the_same_lines() -> None:
     flops, losses = [1e12, 4e12, 64e12], [5.0, 4.0, 3.0]
     assert value_at(2e12, flops, losses) == pytest.approx(4.5)
@@ -558,13 +576,13 @@ def test_results_of_another_recipe_are_not_overwritten(tier_file: Path, capsys: 
 
 
 def test_runs_of_another_recipe_are_named(tier_file: Path) -> None:
-    run = runs_of(load_tier(str(tier_file)), ["random"], 1, tier_file.parent / "out")[1]
+    run = runs_of(load_tier(str(tier_file)), ["mates"], 1, tier_file.parent / "out")[1]
     assert experiment.other_settings(run) is None
     run.folder.mkdir(parents=True)
     write_recipe(run.folder / experiment.RUN_RECIPE, run.recipe)
     assert experiment.other_settings(run) is None
     other = replace(run, recipe=replace(run.recipe, probe=replace(run.recipe.probe, samples=41)))
-    assert re.match(r"probe\.samples: found 41, expected \d+, which .*random was made by", experiment.other_settings(other) or "")
+    assert re.match(r"probe\.samples: found 41, expected \d+, which .*mates was made by", experiment.other_settings(other) or "")
 
 
 def test_a_tier_without_its_text_says_so(tier_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -609,6 +627,113 @@ def test_a_measured_run_needs_its_weights_no_more(tier_file: Path, built: list[s
 
 
 @pytest.mark.usefixtures("built", "undrawn")
+def test_a_measured_run_is_one_wherever_its_text_lies_and_whatever_it_does_not_use(tier_file: Path) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    for run in runs_of(load_tier(str(tier_file)), ["random", "mates"], 1, tier_file.parent / "out"):
+        if run.arm is None:
+            continue
+        shutil.rmtree(run.folder / run.arm.method)
+        corpus = replace(run.recipe.corpus, inputs=[f"/elsewhere/{Path(path).name}" for path in run.recipe.corpus.inputs])
+        assert len(measured(replace(run, recipe=replace(run.recipe, corpus=corpus))).rows) == STAGES
+        other = replace(run, recipe=replace(run.recipe, probe=replace(run.recipe.probe, samples=41)))
+        assert (len(measured(other).rows) == STAGES) == (run.arm.name == "random")
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+@pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": {}, "arm": {}}', '{"rec'])
+def test_a_damaged_measurement_is_named(tier_file: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    path = tier_file.parent / "out" / "seed-0" / "mates" / MEASURED
+    path.write_text(content.replace('"recipe": {}', f'"recipe": {json.dumps(artifact.read_json(path)["recipe"])}'))
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 1
+    assert f"{path}: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+def test_other_folders_among_the_seeds_are_passed_over(tier_file: Path) -> None:
+    (tier_file.parent / "out" / "seed-old").mkdir(parents=True)
+    assert call(tier_file, "--seeds", "1", "--arms", "random") == 0
+
+
+@pytest.mark.usefixtures("built")
+def test_results_stay_whole_where_writing_them_fails(tier_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops_to_accuracy, "save_figure", lambda *_: None)
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    before = {path.name: path.read_bytes() for path in (tier_file.parent / "results").iterdir()}
+
+    def full(*_: Any) -> None:
+        raise artifact.DiskFullError("full")
+
+    monkeypatch.setattr(flops_to_accuracy, "save_figure", full)
+    assert call(tier_file, "--seeds", "2", "--arms", "random,mates") == 1
+    assert {path.name: path.read_bytes() for path in (tier_file.parent / "results").iterdir()} == before
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: [],
+        lambda found: found | {"runs": None},
+        lambda found: {key: value for key, value in found.items() if key != "table_blake3"},
+        lambda found: found | {"arms": {"mates": {}}},
+        lambda found: found | {"recipe": None},
+    ],
+)
+def test_files_that_are_no_results_are_named(tier_file: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Any], Any]) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    path = next((tier_file.parent / "results").glob("*.json"))
+    artifact.write_json(path, change(artifact.read_json(path)))
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates", "--extend") == 1
+    assert f"{path}: no results of this benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+def test_results_without_their_table_are_named(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    path = next((tier_file.parent / "results").glob("*.csv"))
+    path.unlink()
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates", "--extend") == 1
+    assert f"{path}: no such file" in capsys.readouterr().err
+
+
+def test_a_recipes_results_do_not_overwrite_a_tiers(
+    recipe_file: tuple[Path, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    kept = results / f"flops_to_accuracy_{recipe_file[0].stem}.json"
+    kept.write_text('{"tier": "small", "recipe": {}}')
+    assert main([str(recipe_file[0]), "--results", str(results), "--out", str(tmp_path / "out"), "--seeds", "1"]) == 2
+    assert f"expected 'small', which the results in {results} are of; give another --results" in capsys.readouterr().err
+    assert kept.read_text() == '{"tier": "small", "recipe": {}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found 'NoneType', expected a mapping"),
+        ("[]", "found 'list', expected a mapping"),
+        ("a: [", "cannot be read as a tier"),
+        ("extends: bad", "bad.yaml: extends: found 'bad', expected a tier that does not extend this one"),
+        ("extends: cpu\narms: {mine: mates}", "arms.mine: found 'mates', expected a mapping"),
+        ("extends: cpu\narms: {3: {method: mates}}", "arms: found 3, expected a name"),
+        ("extends: cpu\narms: {..: {method: mates}}", "arms: found '..', expected a name"),
+        ("extends: cpu\narms: {mates: {3: 4}}", "arms.mates: found 3, expected values of probe"),
+        ("extends: cpu\narms: {mates: {probe: {after_decay: false}}}", "arms.mates: found 'probe', expected values of probe"),
+        ("extends: cpu\narms: {mates: {select.materialize: true}}", "arms.mates: found 'select.materialize', expected values of probe"),
+        ("extends: cpu\nworkers: '2'", "workers: found '2', expected a whole number"),
+        ("extends: cpu\nprune: 'no'", "prune: found 'no', expected true or false"),
+        ("extends: cpu\nrecipe: {run_dir: here}", "recipe.run_dir: found 'here', expected nothing"),
+    ],
+)
+def test_files_that_are_no_tiers_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert main(["--tier", str(tmp_path / "bad.yaml"), "--results", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("built", "undrawn")
 def test_a_run_of_other_settings_is_not_taken_for_measured(tier_file: Path) -> None:
     assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
     run = next(run for run in runs_of(load_tier(str(tier_file)), ["mates"], 1, tier_file.parent / "out") if run.arm)
@@ -616,6 +741,26 @@ def test_a_run_of_other_settings_is_not_taken_for_measured(tier_file: Path) -> N
     other = replace(run, recipe=replace(run.recipe, probe=replace(run.recipe.probe, samples=41)))
     assert len(measured(run).rows) == STAGES
     assert [row.stage for row in measured(other).rows] == [0]
+
+
+@pytest.mark.usefixtures("built", "undrawn")
+def test_fields_that_are_new_to_recipes_take_nothing_from_what_was_measured(tier_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured runs and results of an earlier version are those of the same recipe with the new field's default."""
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    run = next(run for run in runs_of(load_tier(str(tier_file)), ["mates"], 1, tier_file.parent / "out") if run.arm)
+    kept = artifact.read_json(run.folder / MEASURED)
+    del kept["recipe"]["probe"]["generic"]
+    artifact.write_json(run.folder / MEASURED, kept)
+    assert len(measured(run).rows) == STAGES
+    path = next((tier_file.parent / "results").glob("*.json"))
+    found = artifact.read_json(path)
+    del found["recipe"]["probe"]["generic"]
+    artifact.write_json(path, found)
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 0
+    found["recipe"]["probe"]["generic"] = True
+    artifact.write_json(path, found)
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 2
+    assert "probe.generic: found False, expected True" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["pretrain.lr", "probe.after_decay", "evaluate.decay_steps"])

@@ -20,6 +20,7 @@ from mates.engine.influence.fit import fit_stage
 from mates.engine.influence.score import score_stage
 from mates.engine.layout import layout_of
 from mates.engine.loop import STAGE_VERBS
+from mates.launchers.recipe import write_recipe
 from mates.preprocess import artifact
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -151,8 +152,26 @@ def test_cost_follows_the_formulas(tier: Path) -> None:
 def test_without_complete_runs_nothing_is_written(tier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--tier", str(tier), "--out", str(tmp_path / "none"), "--results", str(tmp_path)]
     assert studies.main(["drift", *arguments]) == 1
-    assert "seed 0 mates: 11 stages are not complete; run benchmarks/flops_to_accuracy.py" in capsys.readouterr().err
+    command = f"benchmarks/flops_to_accuracy.py --tier {tier} --arms random,mates --seeds 3 --out {tmp_path}/none"
+    assert f"seed 0 mates: 11 stages are not complete; run {command}, or" in capsys.readouterr().err
     assert list(tmp_path.glob("study*")) == []
+
+
+def test_runs_of_other_settings_are_named(tier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run in experiment.runs_of(experiment.load_tier(str(tier)), ["mates"], 1, tier.parent / "out"):
+        if run.arm:
+            write_recipe(run.folder / experiment.RUN_RECIPE, run.recipe)
+    common = ["--tier", str(tier), "--seeds", "1", "--out", str(tier.parent / "out"), "--results", str(tmp_path)]
+    assert studies.main(["drift", *common, "--probe.samples", "61"]) == 1
+    assert "studies: drift: seed 0 mates: probe.samples: found 61, expected 60, which" in capsys.readouterr().err
+
+
+def test_a_study_that_lacks_something_leaves_the_others_alone(tier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(yaml.safe_dump(yaml.safe_load(tier.read_text()) | {"arms": {"random": {}}}))
+    assert studies.main(["all", "--tier", str(plain), "--out", str(tmp_path / "out"), "--results", str(tmp_path)]) == 1
+    assert "studies: drift: tier plain has no arm mates, only random" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("study*.json")] == ["study_cost_plain.json"]
 
 
 def test_figures_that_are_missing_are_named() -> None:
@@ -186,7 +205,7 @@ def test_studies_that_probe_again(tmp_path: Path) -> None:
     assert found["ngram"][-1]["labels"] == found["encoder"]["labels"] == found["labels"]["train"]
     assert found["labels_with_endless_reference"] == pytest.approx(found["reliability"]["value"] ** 0.5)
     assert found["reliability_by_reference_items"]["1280"] >= found["reliability"]["value"]
-    assert (tmp_path / "out/studies/labels/seed-0/mates" / f"stage{STAGES - 2}" / "evaluation").resolve().is_dir()
+    assert (tmp_path / "out/studies/labels-80-12/seed-0/mates" / f"stage{STAGES - 2}" / "evaluation").resolve().is_dir()
     if not (SHARED_DATA / "eval").is_dir():
         pytest.skip("the shared data folder with the nine tasks is not beside the checkout")
     assert studies.main(["references", *common, "--samples", "40", "--items", "4"]) == 0

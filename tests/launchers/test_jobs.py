@@ -70,6 +70,8 @@ def test_the_command_lines_ranks_are_the_recipes() -> None:
     assert resources_of(plain, PRETRAIN).gpus_per_node == 0
     with pytest.raises(RecipeError, match=r"pretrain.batch_size: found 64, expected a multiple of launch.processes = 6"):
         with_ranks(recipe_of(), PRETRAIN, 3, 2, None)
+    scored = resources_of(with_ranks(recipe_of(), SCORE, 3, 2, None), SCORE)  # its ranks share no batches
+    assert (scored.nodes, scored.processes) == (3, 2)
     with pytest.raises(RecipeError, match="tokenizer is the work of one process"):
         with_ranks(recipe_of(), TOKENIZER, 2, None, 1)
 

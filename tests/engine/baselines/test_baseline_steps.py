@@ -16,13 +16,14 @@ from synthetic_run import build_data, make_recipe
 from transformers import AutoModelForCausalLM
 
 from mates.engine.baselines.quality import PENALTY, without
-from mates.engine.baselines.scorers import baseline_request
+from mates.engine.baselines.scorers import _Checkpoint, baseline_request
 from mates.engine.config import BaselinesConfig, Method, PretrainConfig, Recipe, RecipeError
 from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
 from mates.engine.influence.bags import ngram_features
+from mates.engine.influence.model import Samples
 from mates.engine.influence.score import open_scores, score_stage
 from mates.engine.layout import layout_of
 from mates.engine.loop import Step, run_steps
@@ -155,6 +156,26 @@ def test_semdedup_by_brute_force(recipe: Recipe, world: World) -> None:
     assert not (layout_of(asked).stage("semdedup", 1) / "embeddings").exists()
 
 
+def test_embeddings_see_no_other_documents_where_training_does_not(recipe: Recipe, world: World) -> None:
+    """Against each document of a window by itself."""
+    asked = replace(recipe, pretrain=replace(recipe.pretrain, reset_at_documents=True))
+    corpus = open_train_corpus(asked)
+    end = corpus.info("tokenizer")["end_of_document"]
+    checkpoint = layout_of(asked).checkpoint("shared", 0)
+    ids = candidates(asked)[(corpus.windows(candidates(asked))[:, 1:-2] == end).any(1)][:20]
+    found = _Checkpoint(asked, checkpoint, corpus, world).embeddings(Samples(corpus, ids))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint / "hf").eval().base_model
+    seams = 0
+    for window, embedding in zip(corpus.windows(ids)[:, :-1], found, strict=True):
+        cuts = np.flatnonzero(window == end) + 1
+        documents = [piece for piece in np.split(window, cuts) if len(piece)]
+        seams += len(documents) - 1
+        with torch.no_grad():
+            hidden = [model(input_ids=torch.from_numpy(piece)[None]).last_hidden_state[0] for piece in documents]
+        assert embedding == pytest.approx(torch.cat(hidden).mean(0).numpy(), abs=1e-5)
+    assert seams > 0
+
+
 def test_quality_is_a_logistic_regression_against_the_pool(recipe: Recipe, world: World) -> None:
     pool = open_corpus(layout_of(recipe).corpus("pool"), LENGTH)
     negatives = pool.windows(np.arange(pool.samples))[:, :-1]
@@ -205,6 +226,31 @@ def test_ratings_are_those_of_the_file(recipe: Recipe, world: World, best: str, 
     if temperature:
         values = values / temperature - gumbel(candidates(recipe), recipe.seed, "select", 1)
     assert chosen(asked, "ratings") == the_lowest(recipe, values)
+
+
+def test_ratings_in_double_precision_are_taken(recipe: Recipe, world: World, tmp_path: Path) -> None:
+    """Of many doubles some are as near to each other as float32's steps; that is no reason to refuse them."""
+    ratings = np.random.default_rng(0).normal(size=open_train_corpus(recipe).samples)
+    first, second = candidates(recipe)[:2]
+    ratings[second] = ratings[first] * (1 + 1e-12)
+    np.save(tmp_path / "ratings.npy", ratings)
+    asked = replace(recipe, baselines=replace(recipe.baselines, ratings=str(tmp_path / "ratings.npy")), run_dir=str(tmp_path / "run"))
+    asked = replace(asked, data_dir=str(layout_of(recipe).data))
+    assert scored(asked, world, "ratings") == pytest.approx(ratings[candidates(recipe)], rel=1e-6)
+
+
+def test_finished_scores_are_found_where_their_ratings_are_gone(recipe: Recipe, world: World, tmp_path: Path) -> None:
+    path = tmp_path / "ratings.npy"
+    np.save(path, np.arange(open_train_corpus(recipe).samples, dtype=np.float32))
+    asked = replace(recipe, baselines=replace(recipe.baselines, ratings=str(path)), run_dir=str(tmp_path / "run"))
+    asked = replace(asked, data_dir=str(layout_of(recipe).data))
+    score_stage(asked, world, "ratings", 1)
+    path.unlink()
+    done = artifact.load(layout_of(asked).scores("ratings", 1), "scores")
+    assert baseline_request(asked, "ratings", 1)[1] == {"ratings": done.inputs["ratings"]}
+    artifact.unmake(layout_of(asked).scores("ratings", 1))
+    with pytest.raises(ArtifactError, match=r"ratings.npy: cannot be read"):
+        baseline_request(asked, "ratings", 1)
 
 
 def test_a_file_of_ratings_that_changed_makes_other_scores(recipe: Recipe, world: World, tmp_path: Path) -> None:
@@ -258,8 +304,8 @@ def test_ratings_that_float32_cannot_hold_are_refused(recipe: Recipe, world: Wor
 
 
 def test_quality_does_not_see_where_documents_end() -> None:
-    found = without(np.array([[9, 1, 9, 9, 2, 9], [1, 2, 3, 4, 5, 9]]), 9)
-    assert found.tolist() == [[1, 1, 1, 1, 2, 2], [1, 2, 3, 4, 5, 5]]
+    found = without(np.array([[9, 1, 9, 9, 2, 9], [1, 2, 3, 4, 5, 9], [9, 9, 3, 9, 5, 6], [9, 9, 9, 9, 9, 9]]), 9)
+    assert found.tolist() == [[1, 1, 1, 1, 2, 2], [1, 2, 3, 4, 5, 5], [3, 3, 3, 3, 5, 6], [9] * 6]
 
 
 def test_settings_that_cannot_be_are_refused(recipe: Recipe, world: World) -> None:

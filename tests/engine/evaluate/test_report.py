@@ -72,6 +72,7 @@ def test_stages_show_influences_agreement_scores_and_examples(complete: Recipe, 
     layout, words = layout_of(complete), Page(html).words
     for stage in (1, 2):
         nats = influences(complete, stage)
+        assert f"change of the loss on {REFERENCE}." in words
         assert f"Mean {signed(nats.mean())} nats, SD {nats.std():.3g} nats" in words
         for value in [*np.sort(nats)[:5], *np.sort(nats)[-5:]]:
             assert f"{signed(value)} nats ({signed((value - nats.mean()) / nats.std())} SD)" in words

@@ -97,6 +97,27 @@ def test_save_and_load(recipe: Recipe, tmp_path: Path) -> None:
         ExtraFeatures.load(tmp_path)
 
 
+def test_columns_keep_their_order_whatever_the_tasks_are_called(recipe: Recipe, tmp_path: Path) -> None:
+    """Weights and standards are of columns; a saved mapping has its keys in the order of the alphabet."""
+    made = make_features(recipe, 1)
+    (ratio,), (classifier,) = made.ratios.values(), made.classifiers.values()
+    other = replace(classifier, weights=-2 * classifier.weights)
+    flipped = Dsir(-3 * ratio.tables)
+    pool = open_corpus(layout_of(recipe).corpus("pool"), 32)
+    samples = Samples(pool, np.arange(10))
+    both = ExtraFeatures(None, {"zebra": ratio, "apple": flipped}, {"zebra": classifier, "apple": other}).standardised(samples)
+    both.save(tmp_path)
+    found = ExtraFeatures.load(tmp_path)
+    assert found.names == both.names == ("relevance.zebra", "relevance.apple", "quality.zebra", "quality.apple")
+    assert np.array_equal(found.compute(samples), both.compute(samples))
+
+
+def test_too_little_to_make_them_of_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mates.engine.baselines.quality.ITERATIONS", 1)
+    with pytest.raises(ArtifactError, match=r"fit.features, stage 1: no optimum of the classifier after 1 iterations"):
+        make_features(recipe, 1)
+
+
 def test_models_from_before_classifiers_are_read(recipe: Recipe, tmp_path: Path) -> None:
     found = make_features(replace(recipe, fit=FitConfig(features=["difficulty", "relevance"])), 1)
     found.save(tmp_path)

@@ -15,7 +15,7 @@ from mates.engine.data.blocks import make_blocks
 from mates.engine.data.corpus import open_corpus
 from mates.engine.distributed import World
 from mates.engine.influence.bags import ngram_features
-from mates.engine.influence.fit import PREDICTIONS_FILE, agreement, calibration, fit_stage, selected_influence
+from mates.engine.influence.fit import PREDICTIONS_FILE, agreement, calibration, fit_request, fit_stage, selected_influence
 from mates.engine.influence.model import Samples, open_model, predict
 from mates.engine.influence.ngrams import WEIGHTS_FILE, best_ridge
 from mates.engine.influence.score import open_scores, score_stage
@@ -129,3 +129,16 @@ def test_weights_of_another_size_are_refused(recipe: Recipe, tmp_path: Path) -> 
     np.save(tmp_path / WEIGHTS_FILE, np.zeros((1, 10)))
     with pytest.raises(ArtifactError, match=rf"{WEIGHTS_FILE}: 10 weights, expected 262145"):
         NgramModel.load(tmp_path)
+
+
+def test_a_finished_model_is_found_where_its_pretrained_encoder_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    made = make_recipe(tmp_path, fit=FitConfig(encoder=str(folder)))
+    build_shared(made, ["mates"], ["probe", "fit"])
+    done = artifact.load(layout_of(made).influence_model("mates", 1), "influence model")
+    assert "encoder" in done.inputs
+    (folder / "config.json").unlink()
+    folder.rmdir()
+    assert fit_request(made, "mates", 1).find() == done
