@@ -23,6 +23,7 @@ be a large part of the time. It ends when the process that started it does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -238,8 +239,9 @@ def measured(run: Run) -> Arm:
     if path.is_file():
         try:
             kept = artifact.read_json(path)
-            if of_this_version(kept["recipe"], method) == identity:
-                return Arm.from_json(kept["arm"])
+            with contextlib.suppress(RecipeError):  # of a version that had other fields
+                if of_this_version(kept["recipe"], method) == identity:
+                    return Arm.from_json(kept["arm"])
         except (ArtifactError, AttributeError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: cannot be read ({error}); remove it, and the run is measured again") from error
     link_stage0(run)
@@ -258,11 +260,8 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 def of_this_version(values: Mapping[str, Any], method: str | None = None) -> Mapping[str, Any]:
     """A recipe that was kept, maybe by an earlier version, for comparisons: fields that are new since then have their defaults, and those
-    that say nothing of a run of ``method`` are left out. As it is where it can no longer be read."""
-    try:
-        found: dict[str, Any] = artifact.normalise(_identity(parse_recipe(yaml.safe_dump(dict(values)), ())))
-    except RecipeError:
-        return values
+    that say nothing of a run of ``method`` are left out. RecipeError where it can no longer be read."""
+    found: dict[str, Any] = artifact.normalise(_identity(parse_recipe(yaml.safe_dump(dict(values)), ())))
     if method == BASELINE:  # of how influences are found only the end of the decay branch, which they might be found at
         found = {key: value for key, value in found.items() if key not in ("fit", "score")} | {"probe": found["probe"]["after_decay"]}
     return found

@@ -76,7 +76,7 @@ from plots import STYLE, save_figure
 from scipy import stats
 from surroundings import REPOSITORY, surroundings, without_paths
 
-from mates.engine.config import INFLUENCE_METHODS, Method, Recipe, require
+from mates.engine.config import INFLUENCE_METHODS, Method, Recipe, RecipeError, require
 from mates.engine.evaluate.figures import SERIES, flops_unit, series_number
 from mates.engine.pretrain.vigilance import STOPPED
 from mates.launchers.recipe import parse_with, recipe_parser
@@ -226,14 +226,23 @@ def _read_results(folder: Path, tier: Tier) -> list[Arm]:
 def spare_results(folder: Path, name: str, recipe: Recipe, tier: str | None = None) -> None:
     """RecipeError where results of another recipe, or of a tier and not of a recipe, would be overwritten."""
     path = folder / f"{name}.json"
-    if path.is_file():
-        try:
-            found = artifact.read_json(path)
-            require(found.get("tier") == tier, "--tier", tier, f"{found.get('tier')!r}, {_whose_results(folder)}")
-            made, asked = (_compared(of_this_version(one)) for one in (found["recipe"], shown(recipe)))
-            require_same(made, asked, _whose_results(folder))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise _not_results(path, error) from error
+    if not path.is_file():
+        return
+    try:
+        found = artifact.read_json(path)
+        made_by, kept = found.get("tier"), dict(found["recipe"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _not_results(path, error) from error
+    require(made_by == tier, "--tier", tier, f"{made_by!r}, {_whose_results(folder)}")
+    try:
+        made = of_this_version(kept)
+    except RecipeError as error:
+        require(
+            tier is None, "--results", str(folder), f"another folder: {path} is of an earlier version, its recipe cannot be read ({error})"
+        )
+        print(f"flops_to_accuracy: {path} is of an earlier version, whose recipe cannot be read; it will be replaced", file=sys.stderr)
+    else:
+        require_same(_compared(made), _compared(of_this_version(shown(recipe))), _whose_results(folder))
 
 
 def _whose_results(folder: Path) -> str:

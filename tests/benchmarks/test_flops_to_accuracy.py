@@ -761,6 +761,10 @@ def test_fields_that_are_new_to_recipes_take_nothing_from_what_was_measured(tier
     artifact.write_json(path, found)
     assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 2
     assert "probe.generic: found False, expected True" in capsys.readouterr().err
+    found["recipe"]["probe"]["long_gone"] = True
+    artifact.write_json(path, found)
+    assert call(tier_file, "--seeds", "1", "--arms", "random,mates") == 2
+    assert f"{path} is of an earlier version, its recipe cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["pretrain.lr", "probe.after_decay", "evaluate.decay_steps"])
