@@ -413,18 +413,20 @@ def run_here(run: Run, until: float | None) -> bool:
     """All steps that are not done, in this process; whether it came to the end before ``until`` (seconds of the epoch)."""
     from mates.engine.evaluate.report import write_report
     from mates.launchers import verbs
+    from mates.launchers.locks import run_lock
 
     recipe = run.recipe
     unpacked = is_unpacked(recipe)
     if run.arm is None and not unpacked:
         verbs.check_paths(recipe)
-    with verbs.run_lock(recipe.path()), verbs.joined(recipe) as world:
+    with run_lock(recipe.path()) as note, verbs.joined(recipe) as world:
         for step in run.steps():
             if step.method is not None and step_request(recipe, step).find():
                 continue
             if until is not None and time.time() >= until:
                 say(f"{run}: time is up before {step}; the same command goes on")
                 return False
+            note(step)
             if step.verb == "report":
                 write_report(recipe)
             elif step.method is None or step.stage is None:

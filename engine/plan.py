@@ -233,9 +233,10 @@ def describe(recipe: Recipe, device: Device) -> Iterator[str]:
     yield f"FLOPs of one method's run ({method}); device-hours at {device.peak_flops / 1e12:g} TFLOP/s peak x {device.utilisation:.0%}:"
     total = sum(plan.flops.values())
     for name, flops in plan.flops.items():
-        yield f"  {name:<10} {flops:10.3e}  {device.hours(flops):10.2f} h  {flops / total:6.1%}"
-    wall = device.hours(total) / device.count
-    yield f"  {'total':<10} {total:10.3e}  {device.hours(total):10.2f} h   on {device.count} devices {wall:.2f} h"
+        yield f"  {name:<10} {flops:10.3e}  {_hours(device.hours(flops)):>10} h  {flops / total:6.1%}"
+    wall = _hours(device.hours(total) / device.count)
+    on = f"on {device.count} devices {wall} h" if device.count > 1 else "on one device"
+    yield f"  {'total':<10} {total:10.3e}  {_hours(device.hours(total)):>10} h   {on}"
     for name in [method, *(other for other in recipe.methods if other not in (method, "random"))]:
         own = plan.flops if name == method else make_plan(recipe, name).flops
         selection = sum(own[part] for part in ("probe", "fit", "score"))
@@ -253,6 +254,10 @@ def _found(plan: Plan, length: int) -> str:
     about = "about " if plan.found_is_estimate else ""
     enough = sample_count(plan.tokens_found, length) >= plan.samples_needed
     return f"{about}{plan.tokens_found:,} train tokens: {'enough' if enough else 'TOO FEW'}"
+
+
+def _hours(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.1g}"
 
 
 def _size(value: float) -> str:

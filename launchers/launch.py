@@ -22,9 +22,9 @@ from mates.engine.progress import say
 from mates.engine.ranks import PROMISED_WORLD_SIZE, LaunchError, first_host, free_port
 from mates.launchers.jobs import MPI_VERBS, SHARED_OUT, Job, Resources, job_script, jobs_folder, resources_of, step_arguments, step_name
 from mates.launchers.local import console_script, run_command, run_plain, run_with_deepspeed, step_environment
+from mates.launchers.locks import hold_run, run_lock
 from mates.launchers.recipe import write_recipe
 from mates.launchers.slurm import SlurmError, alive_jobs, submit, wait_for
-from mates.launchers.verbs import hold_run, run_lock
 from mates.preprocess.artifact import atomic_file
 
 Mode = Literal["local", "deepspeed", "slurm", "mpi"]
@@ -80,7 +80,8 @@ def local_command(recipe: Recipe, step: Step) -> list[str]:
 def launch_local(recipe: Recipe, step: Step, resources: Resources) -> None:
     """Start the ranks of a step on this machine."""
     command = local_command(recipe, step)
-    with run_lock(recipe.path()):
+    with run_lock(recipe.path()) as note:
+        note(step)
         write_recipe(recipe_path(recipe, step), recipe)
         if step.verb == "pretrain":
             run_with_deepspeed(command, resources.ranks)
@@ -97,7 +98,7 @@ def read_hosts(path: Path | None, per_node: int, nodes: int | None) -> list[Host
     Lines of a hostfile are ``name``, ``name slots=8`` (deepspeed, Open MPI) or ``name:8`` (MPICH); what follows a # is not read.
 
     Raises:
-        LaunchError: a line that is none of these, a machine that is there twice, or fewer machines than ``nodes``.
+        RecipeError: a line that is none of these, a machine that is there twice, or fewer machines than ``nodes``.
     """
     if path is not None:
         hosts = _parse_hostfile(path, per_node)
@@ -110,11 +111,11 @@ def read_hosts(path: Path | None, per_node: int, nodes: int | None) -> list[Host
         hosts = [Host(socket.gethostname(), per_node)]
     where = str(path) if path else "this machine" if "SLURM_JOB_NODELIST" not in os.environ else "the SLURM allocation"
     if nodes is not None and nodes > len(hosts):
-        raise LaunchError(f"--nodes: found {nodes}, but {where} has {len(hosts)}: {', '.join(host.name for host in hosts)}; see --hostfile")
+        raise RecipeError(f"--nodes: found {nodes}, but {where} has {len(hosts)}: {', '.join(host.name for host in hosts)}; see --hostfile")
     chosen = hosts[:nodes]
     small = [f"{host.name} ({host.slots})" for host in chosen if host.slots < per_node]
     if small:
-        raise LaunchError(f"{where}: {per_node} ranks a node are asked for, and fewer slots are there on {', '.join(small)}")
+        raise RecipeError(f"{where}: {per_node} ranks a node are asked for, and fewer slots are there on {', '.join(small)}")
     return [Host(host.name, per_node) for host in chosen]
 
 
@@ -122,7 +123,7 @@ def _parse_hostfile(path: Path, per_node: int) -> list[Host]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise LaunchError(f"{path}: cannot be read as a hostfile: {error.strerror}") from error
+        raise RecipeError(f"{path}: cannot be read as a hostfile: {error.strerror}") from error
     hosts: list[Host] = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].strip()
@@ -130,12 +131,12 @@ def _parse_hostfile(path: Path, per_node: int) -> list[Host]:
             continue
         found = re.fullmatch(r"([^\s:=]+)(?:\s+slots\s*=\s*(\d+)|:(\d+))?", words)
         if not found:
-            raise LaunchError(f"{path}, line {number}: found {line!r}, expected `name`, `name slots=8` or `name:8`")
+            raise RecipeError(f"{path}, line {number}: found {line!r}, expected `name`, `name slots=8` or `name:8`")
         if found[1] in {host.name for host in hosts}:
-            raise LaunchError(f"{path}, line {number}: {found[1]} is there twice; give it more slots instead")
+            raise RecipeError(f"{path}, line {number}: {found[1]} is there twice; give it more slots instead")
         hosts.append(Host(found[1], int(found[2] or found[3] or per_node)))
     if not hosts:
-        raise LaunchError(f"{path}: no machine in it, expected a line for each, such as `node1 slots=8`")
+        raise RecipeError(f"{path}: no machine in it, expected a line for each, such as `node1 slots=8`")
     return hosts
 
 
@@ -203,7 +204,8 @@ def launch_deepspeed(recipe: Recipe, step: Step, hosts: Sequence[Host], launcher
         raise LaunchError("pdsh: not on this machine's path; install it (Debian: `apt-get install pdsh`), or use another mode of launch")
     files = {hostfile: lines, variables: _as_lines(environment)}
     environment = step_environment(ranks, follows=False) | {"DS_ENV_FILE": str(variables.absolute()), "PDSH_RCMD_TYPE": "ssh"}
-    with run_lock(recipe.path()):
+    with run_lock(recipe.path()) as note:
+        note(step)
         write_recipe(recipe_path(recipe, step), recipe)
         for path, text in files.items():
             with atomic_file(path) as handle:
@@ -277,7 +279,8 @@ def launch_mpi(recipe: Recipe, step: Step, hosts: Sequence[Host], *, dry_run: bo
     if remote and "SLURM_JOB_ID" not in os.environ:  # inside an allocation mpirun uses srun
         check_hosts(hosts)
     environment = step_environment(sum(host.slots for host in hosts), follows=False)
-    with run_lock(recipe.path()):
+    with run_lock(recipe.path()) as note:
+        note(step)
         write_recipe(recipe_path(recipe, step), recipe)
         run_command(command, environment, partial(ask_hosts, hosts, local_command(recipe, step)) if remote else None)
 

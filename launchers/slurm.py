@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from mates.engine.layout import layout_of
 from mates.engine.loop import DATA_VERBS, Step, needed_steps, run_steps, step_request
 from mates.engine.progress import say
 from mates.launchers.jobs import CANCELLED, Job, finished_file, job_script, jobs_folder, resources_of, step_name
+from mates.launchers.locks import step_at_work
 from mates.preprocess.artifact import MANIFEST_NAME, ArtifactError, ArtifactMismatchError, atomic_file, read_json, write_json
 
 JOBS_FILE = "jobs.json"
@@ -231,7 +232,8 @@ def _scancel(jobs: Sequence[Submitted]) -> None:
 
 @dataclass(frozen=True)
 class StepState:
-    """A step of a run: done, running, waiting, failed, cancelled, not begun, or unknown (SLURM does not answer); and what more to say."""
+    """A step of a run: done, running, waiting, stopped, failed, cancelled, not begun, or unknown (SLURM does not answer); and what more to
+    say."""
 
     step: str
     state: str
@@ -257,7 +259,23 @@ def status(recipe: Recipe) -> list[StepState]:
         known = queue(list(jobs.values()))
     except SlurmError as error:
         say(f"{error}; what follows is from the run's folder alone")
-    return [_state(recipe, step, jobs.get(step_name(step)), known) for step in steps_of(recipe)]
+    states = [_state(recipe, step, jobs.get(step_name(step)), known) for step in steps_of(recipe)]
+    at_work = step_at_work(run_dir)
+    return [_here(recipe, step, state, at_work) for step, state in zip(steps_of(recipe), states, strict=True)]
+
+
+def _here(recipe: Recipe, step: Step, state: StepState, at_work: str | None) -> StepState:
+    """What this machine's processes make of a step that no job has begun."""
+    if state.state != "not begun":
+        return state
+    saved = ""
+    if step.verb == "pretrain" and step.method is not None and step.stage is not None:
+        partial_checkpoints = layout_of(recipe).partial_checkpoints(step.method, step.stage).glob(f"step-*/{MANIFEST_NAME}")
+        steps = max((int(path.parent.name.removeprefix("step-")) for path in partial_checkpoints), default=0)
+        saved = f"{steps}/{recipe.pretrain.steps_per_stage} steps saved" if steps else ""
+    if at_work == str(step):
+        return replace(state, state="running", detail=saved)
+    return replace(state, state="stopped", detail=saved) if saved else state
 
 
 def _state(recipe: Recipe, step: Step, job: Submitted | None, known: dict[int, InQueue] | None) -> StepState:

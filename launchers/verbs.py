@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -35,7 +34,6 @@ SCORING_VERBS = (*INFLUENCE_VERBS, "score")
 """Verbs of stages after the first."""
 LOOK_SECONDS = 2
 """A rank that fails since another has died outlives it by more than a launcher takes to look: the first one's exit code says why."""
-RUN_LOCK = ".run.lock"
 RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
 
@@ -51,6 +49,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that a user needs."""
     from mates.engine.data.blocks import CorpusTooSmallError
     from mates.launchers.local import StepFailedError
+    from mates.launchers.locks import RunBusyError
     from mates.launchers.slurm import SlurmError
     from mates.preprocess.artifact import ArtifactError
     from mates.preprocess.corpus import CorpusError
@@ -78,10 +77,6 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 STEP_FAILED = (RuntimeError, DiskFullError)
 """Errors that are no fault of recipe, argument or input: exit code 1 instead of 2."""
-
-
-class RunBusyError(RuntimeError):
-    """Another process works in the same run folder."""
 
 
 # --- data verbs ----------------------------------------------------------------------------------------------------
@@ -382,8 +377,9 @@ def run_on_slurm(recipe: Recipe, *, waits: bool, dry_run: bool) -> None:
     from mates.engine.layout import layout_of
     from mates.engine.loop import Step
     from mates.engine.progress import say
-    from mates.launchers.jobs import job_script, jobs_folder, resources_of
-    from mates.launchers.slurm import chain, follow, is_done, steps_of, submit_chain
+    from mates.launchers.jobs import job_script, jobs_folder, resources_of, step_name
+    from mates.launchers.locks import run_lock
+    from mates.launchers.slurm import before, chain, follow, is_done, steps_of, submit_chain
 
     check_paths(recipe)
     for verb in ("pretrain", "evaluate"):  # the recipe's own checks of batches, with the ranks that the jobs will have
@@ -394,7 +390,9 @@ def run_on_slurm(recipe: Recipe, *, waits: bool, dry_run: bool) -> None:
     then = f"cp {made} {kept}.new && mv -f {kept}.new {kept}"  # both stay: a job that goes back to the queue finds its recipe
     if dry_run:
         for job in chain(recipe, path):
-            print(f"# --- {job.name}.sh\n{job_script(job, then=then if job.step.verb == 'report' else ':')}")
+            after = ", ".join(step_name(step) for step in before(recipe, job.step))
+            script = job_script(job, then=then if job.step.verb == "report" else ":")
+            print(f"# --- {job.name}.sh{f', after {after}' if after else ''}\n{script}")
         return
     with run_lock(recipe.path()):
         write_recipe(path, recipe)
@@ -480,7 +478,10 @@ def _launch(arguments: list[str]) -> int:
 def _forward(arguments: list[str]) -> int:
     from mates.launchers.local import STOPPING, run_command
 
-    require(len(arguments) > 1 and arguments[0] == "--", "mates forward", " ".join(arguments), "`-- COMMAND ...`")
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: mates forward -- COMMAND ...\n\n{VERBS['forward'].summary}")
+        return 0
+    require(len(arguments) > 1 and arguments[0] == "--", "arguments", " ".join(arguments), "`-- COMMAND ...`")
     STOPPING.listen()
     run_command(arguments[1:], os.environ)
     return 0
@@ -546,15 +547,17 @@ def run_recipe(recipe: Recipe) -> None:
     from mates.engine.select.stage import select_stage
     from mates.launchers.jobs import step_arguments
     from mates.launchers.local import STOPPING, console_script, run_plain, run_with_deepspeed
+    from mates.launchers.locks import run_lock
 
     check_paths(recipe)
-    with run_lock(recipe.path()):
+    with run_lock(recipe.path()) as note:
         path, said = recipe.path() / ATTEMPT_FILE, recipe.path() / RECIPE_FILE
         write_recipe(path, recipe)
         if not said.exists():  # that of finished work stays until this one has been through all steps
             write_recipe(said, recipe)
         started = time.perf_counter()
         for step in run_steps(recipe):
+            note(step)
             if step.verb == "report":
                 write_report(recipe)
             elif step.method is None or step.stage is None:
@@ -687,36 +690,6 @@ def check_sizes(recipe: Recipe) -> None:
         from mates.engine.select.domains import Domains
 
         Domains(train, recipe.select)
-
-
-@contextmanager
-def hold_run(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder: one ``mates run`` or launch at a time. RunBusyError where there is another."""
-    from mates.preprocess.workers import try_lock
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / RUN_LOCK).open("ab") as own:
-        if not try_lock(own, 0):
-            raise RunBusyError(f"{run_dir}: another `mates run` is working here; wait for it, or choose another run_dir")
-        yield
-
-
-@contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """The same, and neither jobs of the run are in a queue nor processes of an earlier one still ending."""
-    from mates.launchers.slurm import alive_jobs
-    from mates.preprocess.workers import WORKERS_LOCK, try_lock
-
-    with hold_run(run_dir):
-        if shutil.which("squeue") and (alive := alive_jobs(run_dir)):
-            raise RunBusyError(
-                f"{run_dir}: {len(alive)} jobs of it are in SLURM's queue, the first is {alive[0].name} ({alive[0].job}); "
-                f"see `mates status {run_dir}`, or `mates cancel {run_dir}` first"
-            )
-        with (run_dir / WORKERS_LOCK).open("ab") as workers:
-            if not try_lock(workers, 60):
-                raise RunBusyError(f"{run_dir}: processes of an earlier run are still working here; end them first")
-        yield
 
 
 # --- telling -------------------------------------------------------------------------------------------------------

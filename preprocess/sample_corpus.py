@@ -150,12 +150,12 @@ def write_sample_corpus(
     drops: Drops = collections.Counter()
     documents = _read_documents(distributions, seed, max_text_bytes, drops, say)
     items = _hold_out(documents, seed, drops)
-    say(f"held out {len({item.url for item in items}):,} documents for {len(items):,} reference items")
+    say(f"sample-corpus: held out {len({item.url for item in items}):,} documents for {len(items):,} reference items")
     kept = _corpus(documents, items, seed, max_text_bytes, drops)
     if not kept:
         raise ArtifactError(f"{directory}: no document is left for the shards within max_text_bytes={max_text_bytes}")
     names = _write(directory, kept, items, shards)
-    say(f"wrote {len(kept):,} documents to {shards} shards")
+    say(f"sample-corpus: wrote {len(kept):,} documents to {shards} shards")
     return commit(
         directory,
         kind=KIND,
@@ -258,12 +258,12 @@ def _read_documents(
     say: Progress,
 ) -> list[Document]:
     sources = _sources(distributions, seed)
-    say(f"{len(sources):,} files of Python {platform.python_version()} and {len(distributions)} distributions")
+    say(f"sample-corpus: {len(sources):,} files of Python {platform.python_version()} and {len(distributions)} distributions")
     # A quarter more than is asked for, because duplicates and held-out documents go away.
     limit = None if max_text_bytes is None else max_text_bytes * 5 // 4
     documents = list(_documents(_extracts(sources, seed, limit), drops))
     size = sum(len(document.text.encode()) for document in documents)
-    say(f"{len(documents):,} documents, {size:,} bytes of text")
+    say(f"sample-corpus: {len(documents):,} documents, {size:,} bytes of text")
     if not documents or (max_text_bytes is None and size < MIN_TEXT_BYTES):
         raise ArtifactError(
             f"sample corpus: {size:,} bytes of text found in the installed packages, {MIN_TEXT_BYTES:,} needed; "

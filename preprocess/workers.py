@@ -142,6 +142,18 @@ def try_lock(handle: IO[bytes], seconds: float) -> bool:
             return True
 
 
+def is_locked(handle: IO[bytes]) -> bool:
+    """Whether another process holds an exclusive lock on this open file."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    return False
+
+
 def hold_worker_lock(folder: Path) -> IO[bytes]:
     """Mark a folder as having a working process; the kernel takes the mark away with the process. Keep the handle."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     started = time.perf_counter()
     layout = layout_of(recipe)
     if world.first:
-        say(f"pretrain {method} stage {stage}: starting {world.size} ranks with ZeRO-{recipe.pretrain.zero_stage}")
+        say(f"pretrain {method} stage {stage}: starting {world.size} rank{'s' * (world.size > 1)} with ZeRO-{recipe.pretrain.zero_stage}")
     corpus = open_train_corpus(recipe)
     index = read_index(layout.index(method, stage), corpus.fingerprint)
     wanted = recipe.pretrain.steps_per_stage * recipe.pretrain.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import subprocess
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 
 from mates.engine.config import FitConfig, LaunchConfig, PretrainConfig, Recipe, RecipeError, ResourcesConfig, SlurmConfig
+from mates.engine.layout import layout_of
 from mates.engine.loop import Step, needed_steps, run_steps
-from mates.engine.ranks import LaunchError
 from mates.launchers.cli import main
 from mates.launchers.jobs import Job, job_script, resources_of
 from mates.launchers.launch import Host, read_hosts, with_ranks
 from mates.launchers.local import console_script
+from mates.launchers.locks import RunBusyError, run_lock
 from mates.launchers.slurm import before
+from mates.preprocess.artifact import MANIFEST_NAME
 
 PRETRAIN, PREPROCESS, TOKENIZER = Step("pretrain", "mates", 1), Step("preprocess"), Step("tokenizer")
 SCORE, DSIR = Step("score", "mates", 1), Step("score", "dsir", 1)
@@ -171,7 +174,7 @@ def test_hostfiles(text: str, hosts: list[Host], tmp_path: Path) -> None:
 def test_bad_hostfiles_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "hosts").write_text(text)
-    with pytest.raises(LaunchError, match=message):
+    with pytest.raises(RecipeError, match=message):  # exit code 2: the same command will not do
         read_hosts(tmp_path / "hosts", 4, 2)
 
 
@@ -208,3 +211,32 @@ def test_status_without_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list(run_steps(Recipe())))
     assert {line.split()[-1] for line in lines} == {"begun"}
+
+
+def test_status_of_a_run_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is worked on here is running; what has been stopped with something saved says so."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run_dir: {tmp_path / 'run'}\n")
+    recipe = Recipe(run_dir=str(tmp_path / "run"))
+
+    def states() -> dict[str, tuple[str, str]]:
+        assert main(["status", str(path), "--json"]) == 0
+        return {one["step"]: (one["state"], one["detail"]) for one in json.loads(capsys.readouterr().out)}
+
+    step = Step("pretrain", "shared", 0)
+    with run_lock(tmp_path / "run") as note:
+        note(step)
+        assert {name for name, state in states().items() if state == ("running", "")} == {str(step)}
+        note(Step("tokenizer"))
+        assert states()["tokenizer"] == ("running", "")
+    assert states()["tokenizer"] == ("not begun", "")
+    for number in (8, 16):
+        saved = layout_of(recipe).partial_checkpoints("shared", 0) / f"step-{number:08d}"
+        saved.mkdir(parents=True)
+    (saved.parent / "step-00000008" / MANIFEST_NAME).write_text("{}")  # the other one was not finished
+    assert states()[str(step)] == ("stopped", f"8/{recipe.pretrain.steps_per_stage} steps saved")
+    with run_lock(tmp_path / "run") as note:
+        note(step)
+        assert states()[str(step)] == ("running", f"8/{recipe.pretrain.steps_per_stage} steps saved")
+        with pytest.raises(RunBusyError, match="another `mates run` is working here"), run_lock(tmp_path / "run"):
+            pass

@@ -179,7 +179,7 @@ def test_too_little_text_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_sample_corpus(tmp_path / "out", max_text_bytes=500)
     manifest = write_sample_corpus(tmp_path / "out", shards=1, max_text_bytes=10_000, progress=lines.append)
     assert manifest.info["documents"] == 1
-    assert lines[0].startswith("1 files of Python")
+    assert lines[0].startswith("sample-corpus: 1 files of Python")
 
 
 # --- the reference task --------------------------------------------------------------------------------------------
