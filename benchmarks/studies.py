@@ -304,7 +304,8 @@ def references(runs: Runs, options: argparse.Namespace) -> Study:
         axes.set_yticks(range(len(names)), names)
         for row in range(len(names)):
             for column in range(len(names)):
-                axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", fontsize=6)
+                ink = "white" if abs(matrix[row, column]) > 0.6 else "black"
+                axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", fontsize=6, color=ink)
         axes.set_title(f"Spearman between labels, stage {one['stage']}")
         figure.colorbar(shown, ax=axes)
     return Study(found, figure)
