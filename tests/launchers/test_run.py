@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from mates.launchers.local import console_script
+from mates.launchers.locks import RUN_LOCK
 from mates.preprocess import artifact
 
 RECIPE: dict[str, Any] = {
@@ -121,7 +122,7 @@ def test_a_second_run_does_nothing(finished: Path, recipe: Path) -> None:
     files = {
         path: path.stat().st_mtime_ns
         for path in finished.rglob("*")
-        if path.is_file() and path.name not in ("recipe.yaml", "report.html", "ledger.json")
+        if path.is_file() and path.name not in ("recipe.yaml", "report.html", "ledger.json", RUN_LOCK)
     }
     mates("run", str(recipe), "--run_dir", str(finished))
     assert files == {path: path.stat().st_mtime_ns for path in files}

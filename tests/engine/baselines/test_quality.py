@@ -111,5 +111,5 @@ def test_what_cannot_be_fitted_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="0 positive and 5 negative samples"):
         QualityClassifier.fit(good(0), raw(5), END)
     monkeypatch.setattr(quality, "ITERATIONS", 2)
-    with pytest.raises(ValueError, match="no optimum after 2 iterations"):
+    with pytest.raises(ValueError, match="no optimum of the classifier after 2 iterations"):
         QualityClassifier.fit(good(30), raw(90), END)
