@@ -11,7 +11,7 @@ from mates.engine.config import RecipeError
 def exit_code(name: str, work: Callable[[], int]) -> int:
     """What ``work`` returns; 2 for a bad recipe or option, 1 for a failed step or file, 130 where it was interrupted; messages are told
     under ``name``."""
-    from mates.launchers.verbs import user_errors
+    from mates.launchers.errors import user_errors
 
     try:
         return work()

@@ -366,11 +366,12 @@ def _threads(run: Run, workers: int) -> int:
 
 def make_data(recipe: Recipe) -> None:
     """Tokenizer, corpora and reference."""
-    from mates.launchers import verbs
+    from mates.launchers.checks import check_paths
+    from mates.launchers.steps import data_step
 
-    verbs.check_paths(recipe)
+    check_paths(recipe)
     for verb in DATA_VERBS:
-        verbs.data_step(verb, recipe)
+        data_step(verb, recipe)
     artifact.write_json(layout_of(recipe).data / pieces.RECIPE, data_recipe(recipe))
 
 
@@ -412,14 +413,15 @@ def require_same(made: Mapping[str, Any], asked: Mapping[str, Any], what: str, n
 def run_here(run: Run, until: float | None) -> bool:
     """All steps that are not done, in this process; whether it came to the end before ``until`` (seconds of the epoch)."""
     from mates.engine.evaluate.report import write_report
-    from mates.launchers import verbs
+    from mates.launchers.checks import check_paths, check_sizes
     from mates.launchers.locks import run_lock
+    from mates.launchers.steps import data_step, joined, ranks_step
 
     recipe = run.recipe
     unpacked = is_unpacked(recipe)
     if run.arm is None and not unpacked:
-        verbs.check_paths(recipe)
-    with run_lock(recipe.path()) as note, verbs.joined(recipe) as world:
+        check_paths(recipe)
+    with run_lock(recipe.path()) as note, joined(recipe) as world:
         for step in run.steps():
             if step.method is not None and step_request(recipe, step).find():
                 continue
@@ -431,11 +433,11 @@ def run_here(run: Run, until: float | None) -> bool:
                 write_report(recipe)
             elif step.method is None or step.stage is None:
                 if not unpacked:
-                    verbs.data_step(step.verb, recipe)
+                    data_step(step.verb, recipe)
             else:
                 if (step.verb, step.stage) in (("select", 0), ("probe", 1), ("score", 1)):
-                    verbs.check_sizes(recipe)
-                verbs.ranks_step(world, step.verb, recipe, step.method, step.stage)
+                    check_sizes(recipe)
+                ranks_step(world, step.verb, recipe, step.method, step.stage)
                 gc.collect()  # an engine and its optimizer refer to each other
     return True
 

@@ -560,7 +560,7 @@ def close_gate(arms: Sequence[Arm], stages: int) -> bool:
 
 def run_methods(arguments: list[str]) -> int:
     """The methods of a recipe. Exit codes as :func:`main`."""
-    from mates.launchers.verbs import run_recipe
+    from mates.launchers.run import run_recipe
 
     options, recipes = parse(arguments)
     spare_results(options.results, f"flops_to_accuracy_{options.recipe.stem}", recipes[0])

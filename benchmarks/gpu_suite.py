@@ -285,7 +285,7 @@ def quickstart() -> dict[str, Any]:
     from mates.engine.evaluate.report import write_report
     from mates.engine.layout import layout_of
     from mates.launchers.recipe import load_recipe
-    from mates.launchers.verbs import run_recipe
+    from mates.launchers.run import run_recipe
     from mates.preprocess import artifact
 
     recipe = load_recipe(REPOSITORY / "launchers/recipes/quickstart.yaml")

@@ -73,7 +73,7 @@ def measure(recipe: Recipe) -> list[dict[str, Any]]:
     """The fidelity report of each checkpoint."""
     from mates.engine.layout import layout_of
     from mates.engine.probe.stage import probe_stage
-    from mates.launchers.verbs import run_recipe
+    from mates.launchers.run import run_recipe
 
     run_recipe(recipe)
     rows = []

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from mates.engine.config import RecipeError
 from mates.engine.pretrain.vigilance import STOPPED, StopRequestedError
-from mates.launchers import verbs
+from mates.launchers.errors import STEP_FAILED, user_errors
+from mates.launchers.verbs import VERBS
 
 Handler = Callable[[list[str]], int]
 BAD_PATHS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
@@ -23,7 +24,7 @@ def usage() -> str:
         "Model-aware selection of pretraining data. One recipe file holds everything; any value can be overridden by its dotted name.",
         "",
         "verbs:",
-        *(f"  {name:<14} {verb.summary}" for name, verb in verbs.VERBS.items()),
+        *(f"  {name:<14} {verb.summary}" for name, verb in VERBS.items()),
         "",
         "`mates VERB --help` explains every field of the recipe; `mates VERB RECIPE --print_config` prints the resolved recipe.",
     ]
@@ -43,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mates {version('mates')}")
         return 0
     name, rest = arguments[0], arguments[1:]
-    if name not in verbs.VERBS:
-        print(f"mates: unknown verb {name!r}; expected one of {', '.join(verbs.VERBS)}", file=sys.stderr)
+    if name not in VERBS:
+        print(f"mates: unknown verb {name!r}; expected one of {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
-        return verbs.VERBS[name].run(rest)
+        return VERBS[name].run(rest)
     except SystemExit:  # of --help: whatever else is caught is imported first
         raise
     except StopRequestedError as stop:
@@ -56,9 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         print(f"mates {name}: {error}", file=sys.stderr)
         return 2
-    except verbs.user_errors() as error:
+    except user_errors() as error:
         print(f"mates {name}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, verbs.STEP_FAILED) else 2
+        return 1 if isinstance(error, STEP_FAILED) else 2
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

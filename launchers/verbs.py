@@ -5,36 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jsonargparse
 
-from mates.engine.config import EVALUATION_TASKS, SAMPLE, Recipe, RecipeError, require, require_packages
+from mates.engine.config import EVALUATION_TASKS, Recipe, RecipeError, require, require_packages
 from mates.engine.pretrain.vigilance import BAD_STEP, STOP_SIGNALS, STOPPED, BadStepError, StopRequestedError, StopSignals
-from mates.engine.ranks import LaunchError, find_place
-from mates.launchers.recipe import load_recipe, parse_with, recipe_parser, write_recipe
-from mates.preprocess.artifact import DiskFullError
+from mates.engine.ranks import find_place
+from mates.launchers.checks import check_paths
+from mates.launchers.errors import STEP_FAILED, user_errors
+from mates.launchers.recipe import load_recipe, parse_with, recipe_parser
+from mates.launchers.run import ATTEMPT_FILE, RECIPE_FILE, run_on_slurm, run_recipe
+from mates.launchers.steps import SCORING_VERBS, chosen_stage, data_step, selects_alone, stage_step
 
-if TYPE_CHECKING:
-    from mates.engine.distributed import World
-
-INFLUENCE_VERBS = ("probe", "fit")
-"""Verbs of methods that choose by influence."""
-SCORING_VERBS = (*INFLUENCE_VERBS, "score")
-"""Verbs of stages after the first."""
 LOOK_SECONDS = 2
 """A rank that fails since another has died outlives it by more than a launcher takes to look: the first one's exit code says why."""
-RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -43,40 +35,6 @@ class Verb:
 
     summary: str
     run: Callable[[list[str]], int]
-
-
-def user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is all that a user needs."""
-    from mates.engine.data.blocks import CorpusTooSmallError
-    from mates.launchers.local import StepFailedError
-    from mates.launchers.locks import RunBusyError
-    from mates.launchers.slurm import SlurmError
-    from mates.preprocess.artifact import ArtifactError
-    from mates.preprocess.corpus import CorpusError
-    from mates.preprocess.inputs import InputError
-    from mates.preprocess.ranks import RanksError
-    from mates.preprocess.tokenizer import TokenizerError
-    from mates.preprocess.workers import WorkerDiedError
-
-    errors: list[type[Exception]] = [
-        ArtifactError,
-        InputError,
-        TokenizerError,
-        CorpusTooSmallError,
-        StepFailedError,
-        SlurmError,
-        LaunchError,
-        RunBusyError,
-        CorpusError,
-        RanksError,
-        WorkerDiedError,
-        BadStepError,
-    ]
-    return tuple(errors)
-
-
-STEP_FAILED = (RuntimeError, DiskFullError)
-"""Errors that are no fault of recipe, argument or input: exit code 1 instead of 2."""
 
 
 # --- data verbs ----------------------------------------------------------------------------------------------------
@@ -89,19 +47,6 @@ def _data_verb(name: str, summary: str) -> Verb:
         return 0
 
     return Verb(summary, run)
-
-
-def data_step(name: str, recipe: Recipe) -> None:
-    """Run one of the data steps."""
-    from mates.engine.data import steps
-
-    work: dict[str, Callable[[Recipe], Any]] = {
-        "sample-corpus": steps.sample_corpus_step,
-        "tokenizer": steps.tokenizer_step,
-        "preprocess": steps.preprocess_step,
-        "reference": steps.reference_step,
-    }
-    work[name](recipe)
 
 
 def _preprocess(arguments: list[str]) -> int:
@@ -181,7 +126,7 @@ def _stage_verb(name: str, summary: str) -> Verb:
 def _run_stage(name: str, recipe: Recipe, extra: dict[str, Any]) -> int:
     """One step of a stage from the verb's own options. Ends the process with the step's exit code."""
     method, stage = chosen_stage(recipe, name, extra["method"], extra["stage"])
-    if _selects_alone(name):
+    if selects_alone(name):
         stage_step(name, recipe, method, stage)
         return 0
     signals, is_first, code = StopSignals(at_once=name != "pretrain"), find_place().rank == 0, 0
@@ -247,105 +192,6 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def chosen_stage(recipe: Recipe, verb: str, method: str | None, stage: int) -> tuple[str, int]:
-    """The method and stage that are meant. RecipeError for what the recipe does not have."""
-    from mates.engine.config import INFLUENCE_METHODS
-    from mates.engine.select.methods import needs_influences
-
-    stages = list(range(1 if verb in SCORING_VERBS else 0, recipe.pretrain.stages))
-    require(stage in stages, "--stage", stage, f"one of {stages} for {verb}")
-    if stage == 0:
-        require(method in (None, "shared"), "--method", method, "shared, which stage 0 belongs to")
-        return "shared", 0
-    known, why = list(recipe.methods), ""
-    if verb in INFLUENCE_VERBS:
-        every, choose = recipe.probe.every, [name for name in known if name in INFLUENCE_METHODS]
-        known, why = [name for name in known if needs_influences(recipe, name, stage)], " that choose by influence"
-        probed = [other for other in stages if any(needs_influences(recipe, name, other) for name in choose)]
-        require(bool(known) or not choose, "--stage", stage, f"a stage with labels of its own: one of {probed} (probe.every is {every})")
-    elif verb == "score":
-        known, why = [name for name in known if name != "random"], " that choose by scores"
-    if method in recipe.methods:
-        why += f" ({method} needs no {verb} at stage {stage})"
-    if method is None and len(known) == 1:
-        return known[0], stage
-    hint = "; how influences are measured is --probe.method" if verb == "probe" else ""
-    require(method in known, "--method", method, f"one of the recipe's methods{why}: {', '.join(known)}{hint}")
-    assert method is not None
-    return method, stage
-
-
-def stage_step(name: str, recipe: Recipe, method: str, stage: int, signals: StopSignals | None = None) -> None:
-    """Run one step of a stage in this process, as one rank of however many the launcher started."""
-    from mates.engine.loop import Step, check_needed
-
-    step = Step(name, method, stage)
-    if _selects_alone(name):
-        from mates.engine.select.stage import select_stage
-
-        check_needed(recipe, step)
-        select_stage(recipe, method, stage)
-        return
-    with joined(recipe) as world:
-        ranks_step(world, name, recipe, method, stage, signals)
-
-
-@contextmanager
-def joined(recipe: Recipe) -> Iterator[World]:
-    """This process among the ranks of a run's steps, of one or of several that follow each other: DeepSpeed cannot meet twice."""
-    from mates.engine import distributed
-    from mates.preprocess.workers import hold_worker_lock
-
-    lock = hold_worker_lock(recipe.path())
-    try:
-        yield distributed.join(timeout_minutes=recipe.launch.timeout_minutes, threads=recipe.launch.threads)
-    finally:
-        distributed.leave()
-        lock.close()
-
-
-def ranks_step(world: World, name: str, recipe: Recipe, method: str, stage: int, signals: StopSignals | None = None) -> None:
-    """Run one step of a stage as a rank of ``world``."""
-    from mates.engine.loop import Step, check_needed
-
-    world.same(lambda: check_needed(recipe, Step(name, method, stage)))
-    _stage_work(name, signals)(recipe, world, method, stage)
-
-
-def _selects_alone(name: str) -> bool:
-    """Whether a step is a selection by one process, which needs no process group for what takes seconds."""
-    return name == "select" and find_place().size == 1
-
-
-def _stage_work(name: str, signals: StopSignals | None) -> Callable[..., Any]:
-    if name == "pretrain":
-        from mates.engine.pretrain.stage import pretrain_stage
-
-        return partial(pretrain_stage, signals=signals)
-    if name == "probe":
-        from mates.engine.probe.stage import probe_stage
-
-        return probe_stage
-    if name == "fit":
-        from mates.engine.influence.fit import fit_stage
-
-        return fit_stage
-    if name == "score":
-        from mates.engine.influence.score import score_stage
-
-        return score_stage
-    if name == "select":
-        from mates.engine.select.stage import select_stage
-
-        def select(recipe: Recipe, world: Any, method: str, stage: int) -> Any:
-            return select_stage(recipe, method, stage, world)
-
-        return select
-    from mates.engine.evaluate.stage import evaluate_stage
-
-    return evaluate_stage
-
-
 # --- the whole run -------------------------------------------------------------------------------------------------
 
 
@@ -366,50 +212,6 @@ def _run(arguments: list[str]) -> int:
     STOPPING.listen()
     run_recipe(recipe)
     return 0
-
-
-def run_on_slurm(recipe: Recipe, *, waits: bool, dry_run: bool) -> None:
-    """Submit the steps of a recipe that are not done as jobs that depend on each other.
-
-    Raises:
-        RunBusyError: a run or jobs of it work in the folder already. SlurmError: SLURM refuses a job, or with ``waits`` a step failed.
-    """
-    from mates.engine.layout import layout_of
-    from mates.engine.loop import Step
-    from mates.engine.progress import say
-    from mates.launchers.jobs import job_script, jobs_folder, resources_of, step_name
-    from mates.launchers.locks import run_lock
-    from mates.launchers.slurm import before, chain, follow, is_done, steps_of, submit_chain
-
-    check_paths(recipe)
-    for verb in ("pretrain", "evaluate"):  # the recipe's own checks of batches, with the ranks that the jobs will have
-        asked = resources_of(recipe, Step(verb, "shared", 0))
-        replace(recipe, launch=replace(recipe.launch, processes=asked.ranks, nodes=asked.nodes))
-    path, said = recipe.path() / ATTEMPT_FILE, recipe.path() / RECIPE_FILE
-    made, kept = shlex.quote(str(path.absolute())), shlex.quote(str(said.absolute()))
-    then = f"cp {made} {kept}.new && mv -f {kept}.new {kept}"  # both stay: a job that goes back to the queue finds its recipe
-    if dry_run:
-        for job in chain(recipe, path):
-            after = ", ".join(step_name(step) for step in before(recipe, job.step))
-            script = job_script(job, then=then if job.step.verb == "report" else ":")
-            print(f"# --- {job.name}.sh{f', after {after}' if after else ''}\n{script}")
-        return
-    with run_lock(recipe.path()):
-        write_recipe(path, recipe)
-        if not said.exists():
-            write_recipe(said, recipe)
-        for step in steps_of(recipe):
-            if step.method is None and is_done(recipe, step):
-                data_step(step.verb, recipe)  # takes seconds; refuses data of other settings
-        jobs = submit_chain(recipe, path, then)
-    if not jobs:
-        say(f"run: all steps are done; open {layout_of(recipe).report}")
-        return
-    say(f"run: jobs {jobs[0].job} to {jobs[-1].job} submitted, {len(jobs)} in all; scripts and logs are in {jobs_folder(recipe.path())}")
-    say(f"`mates status {recipe.path()}` tells what has become of them, `mates cancel {recipe.path()}` ends them")
-    if waits:
-        follow(recipe)
-        say(f"run: done; open {layout_of(recipe).report}")
 
 
 LAUNCH_HELP = """usage: {usage}
@@ -532,164 +334,6 @@ def _cancel(arguments: list[str]) -> int:
     goes_on = f"jobs cancelled: {len(jobs)}; `mates run --on slurm` goes on from what is saved"
     print(goes_on if jobs else "no jobs of this run are in the queue")
     return 0
-
-
-def run_recipe(recipe: Recipe) -> None:
-    """Run all steps of a recipe; finished ones are skipped.
-
-    Raises:
-        RunBusyError: another ``mates run`` works in the folder. StepFailedError: a step's processes failed.
-    """
-    from mates.engine.evaluate.report import write_report
-    from mates.engine.layout import layout_of
-    from mates.engine.loop import DISTRIBUTED_VERBS, check_needed, run_steps, step_request
-    from mates.engine.progress import say
-    from mates.engine.select.stage import select_stage
-    from mates.launchers.jobs import step_arguments
-    from mates.launchers.local import STOPPING, console_script, run_plain, run_with_deepspeed
-    from mates.launchers.locks import run_lock
-
-    check_paths(recipe)
-    with run_lock(recipe.path()) as note:
-        path, said = recipe.path() / ATTEMPT_FILE, recipe.path() / RECIPE_FILE
-        write_recipe(path, recipe)
-        if not said.exists():  # that of finished work stays until this one has been through all steps
-            write_recipe(said, recipe)
-        started = time.perf_counter()
-        for step in run_steps(recipe):
-            note(step)
-            if step.verb == "report":
-                write_report(recipe)
-            elif step.method is None or step.stage is None:
-                data_step(step.verb, recipe)
-                if step.verb == "preprocess":
-                    check_sizes(recipe)
-            elif step.verb == "select":
-                check_needed(recipe, step)
-                select_stage(recipe, step.method, step.stage)
-            elif not step_request(recipe, step).find():
-                command = [console_script("mates"), *step_arguments(step, path)]
-                processes = recipe.launch.processes if step.verb in DISTRIBUTED_VERBS else 1
-                if step.verb == "pretrain":
-                    run_with_deepspeed(command, processes)
-                else:
-                    run_plain(command, processes)
-            STOPPING.stop()
-        path.replace(said)
-        say(f"run: done in {time.perf_counter() - started:.0f} s; open {layout_of(recipe).report}")
-
-
-def check_paths(recipe: Recipe) -> None:
-    """Refuse files that are not there before the hours of work that come before their use."""
-    from mates.engine.evaluate.task_data import find_files
-    from mates.engine.flops import shape_of
-    from mates.engine.layout import union_layouts
-    from mates.preprocess.artifact import MANIFEST_NAME, read_json
-    from mates.preprocess.inputs import find_inputs
-    from mates.preprocess.tokenizer import load_encoder_tokenizer, load_tokenizer, looks_like_path
-
-    require_packages(recipe)
-    check_model(recipe)
-    find_inputs([item for item in recipe.corpus.inputs if item != SAMPLE])
-    for part in union_layouts(recipe):
-        there = (part.corpus("train") / MANIFEST_NAME).is_file()
-        require(there, "corpus.union", str(part.data), "a data folder in which `mates preprocess` has finished")
-    reference = recipe.reference
-    sources = [] if reference.source == SAMPLE else [("reference.source", Path(reference.source))]
-    sources += [(f"reference.more ({task.name}).source", Path(task.source)) for task in reference.more]
-    sources += [("reference.avoid", path) for _, path in reference.avoided()]
-    for name, path in sources:
-        require(path.is_file(), name, str(path), "a file that is there")
-    if recipe.tokenizer.path is not None and looks_like_path(recipe.tokenizer.path):
-        load_tokenizer(Path(recipe.tokenizer.path), recipe.tokenizer.end_of_document, recipe.corpus.special_token_text)
-    if recipe.corpus.scorer_tokenizer is not None:
-        load_encoder_tokenizer(Path(recipe.corpus.scorer_tokenizer))
-    for name in recipe.evaluate.tasks:
-        find_files(name, Path(recipe.evaluate.task_data or ""))
-    if "ratings" in recipe.methods:
-        ratings = recipe.baselines.ratings
-        require(ratings is not None and Path(ratings).is_file(), "baselines.ratings", ratings, "a file that is there")
-    if "quality" in recipe.methods:
-        find_inputs(recipe.baselines.quality_sources)
-    encoder = recipe.fit.encoder
-    if encoder is not None and looks_like_path(encoder):
-        config = Path(encoder) / "config.json"
-        require(config.is_file(), "fit.encoder", encoder, "a Hugging Face folder with a config.json")
-        raw = read_json(config)
-        try:
-            shape_of(raw)
-        except KeyError as error:
-            raise RecipeError(f"fit.encoder: {config} has {error.args[0]}, expected the shape of a transformer encoder") from error
-        positions = raw.get("max_position_embeddings") or recipe.fit.chunk_tokens
-        require(recipe.fit.chunk_tokens <= positions, "fit.chunk_tokens", recipe.fit.chunk_tokens, f"at most the {positions} of {encoder}")
-
-
-def check_model(recipe: Recipe) -> None:
-    """Refuse a transformers configuration, weights or their tokenizer that training could not start from, before anything is made."""
-    from mates.engine.layout import union_layouts
-    from mates.engine.pretrain.shapes import config_file, resolve_shape
-
-    file = config_file(recipe.model)
-    if file is None:
-        return
-    import torch
-
-    from mates.engine.pretrain.model import build_empty, check_weights, model_config, padded_vocabulary
-    from mates.preprocess.artifact import ArtifactError, read_json
-    from mates.preprocess.tokenizer import HuggingFaceTokenizer, load_tokenizer
-
-    shape = resolve_shape(recipe.model)
-    try:
-        build_empty(model_config(shape, 64, 0), torch.float32, torch.device("cpu"))
-    except RecipeError as error:
-        raise RecipeError(f"{file}: {error}") from error
-    if recipe.model.weights is None:
-        return
-    folder = Path(recipe.model.weights)
-    check_weights(folder)
-    used = union_layouts(recipe)[0].tokenizer if recipe.corpus.union else Path(recipe.tokenizer.path or "")
-    if not used.exists():  # a name on the model hub
-        return
-    tokenizer = load_tokenizer(used, recipe.tokenizer.end_of_document)
-    rows, held = padded_vocabulary(tokenizer.vocab_size, recipe.model.vocab_multiple), read_json(file).get("vocab_size")
-    multiple = recipe.model.vocab_multiple
-    require(rows == held, "model.vocab_multiple", multiple, f"one that makes {held} rows of {tokenizer.vocab_size} token ids, not {rows}")
-    if (folder / "tokenizer.json").exists() and isinstance(tokenizer, HuggingFaceTokenizer):
-        own = load_tokenizer(folder / "tokenizer.json", recipe.tokenizer.end_of_document)
-        assert isinstance(own, HuggingFaceTokenizer)
-        if own.library.get_vocab() != tokenizer.library.get_vocab():
-            raise ArtifactError(f"{used}: not the tokenizer that {folder} was trained with; set tokenizer.path to {folder}")
-
-
-def check_sizes(recipe: Recipe) -> None:
-    """Refuse corpora that are too small for a later step of the recipe, as soon as their sizes are known."""
-    from mates.engine.baselines.scorers import cluster_count
-    from mates.engine.data.blocks import block_sizes, make_blocks
-    from mates.engine.data.corpus import open_corpus
-    from mates.engine.influence.features import unprobed_samples
-    from mates.engine.influence.fit import check_parts, split_labels
-    from mates.engine.layout import layout_of
-    from mates.engine.probe.stage import probed_samples
-    from mates.engine.select.methods import needs_influences
-
-    length = recipe.pretrain.sequence_length
-    train, pool = (open_corpus(layout_of(recipe).corpus(split), length) for split in ("train", "pool"))
-    make_blocks(recipe, train.samples)
-    for stage in range(recipe.pretrain.stages):
-        if any(needs_influences(recipe, method, stage) for method in recipe.methods):
-            check_parts(split_labels(probed_samples(recipe, pool.samples, stage), recipe.fit, recipe.seed))
-            if recipe.fit.features:
-                unprobed_samples(recipe, pool, stage)
-    if "semdedup" in recipe.methods and recipe.pretrain.stages > 1:
-        cluster_count(recipe, block_sizes(recipe)[1])
-    if "ratings" in recipe.methods and recipe.baselines.ratings is not None:
-        from mates.engine.baselines.ratings import read_ratings
-
-        read_ratings(Path(recipe.baselines.ratings), train.samples)
-    if recipe.select.domains is not None and recipe.pretrain.stages > 1:
-        from mates.engine.select.domains import Domains
-
-        Domains(train, recipe.select)
 
 
 # --- telling -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from mates.engine.config import Recipe, RecipeError
 from mates.engine.layout import layout_of
 from mates.engine.loop import STAGE_VERBS, Step, step_request
 from mates.engine.pretrain.vigilance import STOPPED
-from mates.launchers import verbs
 from mates.launchers.recipe import write_recipe
 from mates.preprocess import artifact
 from mates.preprocess.inputs import InputError
@@ -300,7 +299,7 @@ def test_bad_options_are_refused(recipe_file: tuple[Path, Recipe], options: list
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """``run_recipe`` leaves a synthetic run: the same artifacts, without training."""
-    monkeypatch.setattr(verbs, "run_recipe", build)
+    monkeypatch.setattr("mates.launchers.run.run_recipe", build)
 
 
 @pytest.mark.usefixtures("untrained")
@@ -340,7 +339,7 @@ def test_a_closed_gate_writes_nothing(
         build(recipe)
         artifact.unmake(layout_of(recipe).evaluation("mates", 1))
 
-    monkeypatch.setattr(verbs, "run_recipe", broken)
+    monkeypatch.setattr("mates.launchers.run.run_recipe", broken)
     results = tmp_path / "results"
     arguments = [str(recipe_file[0]), "--seeds", "1", "--out", str(tmp_path / "out"), "--results", str(results)]
     assert main(arguments) == 1

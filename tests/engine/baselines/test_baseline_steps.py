@@ -32,9 +32,10 @@ from mates.engine.pretrain.stage import open_train_corpus
 from mates.engine.random import gumbel
 from mates.engine.reference.task import Reference, open_references
 from mates.engine.select.stage import select_stage
+from mates.launchers.checks import check_paths, check_sizes
 from mates.launchers.local import console_script, run_plain
 from mates.launchers.recipe import write_recipe
-from mates.launchers.verbs import check_paths, check_sizes, chosen_stage
+from mates.launchers.steps import chosen_stage
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 from mates.preprocess.features import ngram_buckets

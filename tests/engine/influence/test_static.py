@@ -27,7 +27,7 @@ from mates.engine.plan import make_plan
 from mates.engine.pretrain.stage import open_train_corpus
 from mates.engine.probe.stage import read_influences
 from mates.engine.select.stage import select_stage
-from mates.launchers.verbs import chosen_stage
+from mates.launchers.steps import chosen_stage
 from mates.preprocess import artifact
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -25,7 +25,7 @@ from mates.engine.pretrain.stage import new_trainer, open_train_corpus, pretrain
 from mates.engine.pretrain.trainer import Trainer
 from mates.engine.pretrain.vigilance import StopRequestedError, StopSignals
 from mates.engine.select.stage import select_stage
-from mates.launchers.verbs import check_model
+from mates.launchers.checks import check_model
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactMismatchError
 

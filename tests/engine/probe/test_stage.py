@@ -52,7 +52,7 @@ from mates.engine.probe.stage import _joined as joined
 from mates.engine.reference.task import IGNORED, open_reference
 from mates.launchers.local import console_script, run_plain, step_environment
 from mates.launchers.recipe import write_recipe
-from mates.launchers.verbs import data_step, stage_step
+from mates.launchers.steps import data_step, stage_step
 from mates.preprocess import artifact
 
 ONE_THREAD_ONE_SAMPLE = ("--launch.threads", "1", "--probe.chunk_size", "1")

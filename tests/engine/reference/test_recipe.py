@@ -15,8 +15,8 @@ from mates.engine.config import Recipe, RecipeError, ReferenceConfig, TaskConfig
 from mates.engine.data import steps
 from mates.engine.layout import layout_of
 from mates.engine.reference.task import IGNORED, open_references, reference_folders, reference_weights
+from mates.launchers.checks import check_paths
 from mates.launchers.recipe import dump_recipe, load_recipe, parse_with, recipe_parser
-from mates.launchers.verbs import check_paths
 from mates.preprocess import artifact
 from mates.preprocess.artifact import ArtifactError
 
