@@ -259,9 +259,8 @@ def status(recipe: Recipe) -> list[StepState]:
         known = queue(list(jobs.values()))
     except SlurmError as error:
         say(f"{error}; what follows is from the run's folder alone")
-    states = [_state(recipe, step, jobs.get(step_name(step)), known) for step in steps_of(recipe)]
     at_work = step_at_work(run_dir)
-    return [_here(recipe, step, state, at_work) for step, state in zip(steps_of(recipe), states, strict=True)]
+    return [_here(recipe, step, _state(recipe, step, jobs.get(step_name(step)), known), at_work) for step in steps_of(recipe)]
 
 
 def _here(recipe: Recipe, step: Step, state: StepState, at_work: str | None) -> StepState:
