@@ -12,7 +12,9 @@ from mates.engine.data.blocks import block_sizes
 from mates.engine.data.corpus import sample_count
 from mates.engine.evaluate.stage import evaluation_flops
 from mates.engine.flops import BERT_BASE, EncoderShape, decoder_forward, decoder_training, shape_of
-from mates.engine.influence.ngrams import ngram_flops, ridge_flops
+from mates.engine.influence.bags import ngram_flops
+from mates.engine.influence.features import DIFFICULTY, QUALITY, RELEVANCE, feature_flops
+from mates.engine.influence.ngrams import ridge_flops
 from mates.engine.layout import layout_of, union_layouts
 from mates.engine.pretrain.model import padded_vocabulary
 from mates.engine.pretrain.shapes import ModelShape, resolve_shape
@@ -145,13 +147,14 @@ def _flops(recipe: Recipe, shape: ModelShape, vocab: int, rows: int, method: str
     if probed:
         parts = {"ngram": [_ngram_flops], "encoder": [_encoder_flops], "cascade": [_ngram_flops, _encoder_flops]}[recipe.fit.model]
         fit, score = (sum(column) for column in zip(*(part(recipe, candidates, probed) for part in parts), strict=True))
-        tasks = len(label_weights(recipe)) * len({"relevance", "quality"} & set(recipe.fit.features))
-        score += 2.0 * candidates * (("difficulty" in recipe.fit.features) * (length - 1) + tasks * (2 * length - 1))
+        features = set(recipe.fit.features)
+        tables = len(label_weights(recipe)) * len(features & {RELEVANCE, QUALITY})
+        score += feature_flops(candidates, length, difficulty=DIFFICULTY in features, tables=tables)
     elif method in OF_CHECKPOINT:
         logits = 0 if method == "semdedup" else candidates * length
         score = decoder_forward(shape, rows, tokens=candidates * length, length=length, logit_tokens=logits)
     elif method in ("dsir", "quality"):
-        score = 2.0 * candidates * (2 * length - 1)
+        score = ngram_flops(candidates, length)
     test = _reference(recipe, "test", recipe.reference.test_items)
     return {
         "pretrain": config.stages * per_stage,

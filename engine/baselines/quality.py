@@ -16,8 +16,8 @@ import numpy.typing as npt
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
+from mates.engine.baselines.compiled import Windows
 from mates.engine.influence.bags import BUCKETS, ngram_features
-from mates.engine.influence.model import Windows
 
 PENALTY = 0.1
 TOLERANCE = 1e-8  # of the gradient of the mean loss

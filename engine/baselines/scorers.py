@@ -25,6 +25,7 @@ from mates.engine.data.index import load_array
 from mates.engine.data.steps import read_options
 from mates.engine.distributed import World
 from mates.engine.flops import decoder_forward
+from mates.engine.influence.bags import ngram_flops
 from mates.engine.influence.features import feature_inputs, item_tokens, pieces, weighted_references
 from mates.engine.influence.model import Floats, Ids, Samples, Scorer, Scores
 from mates.engine.layout import layout_of
@@ -111,9 +112,9 @@ def _open(recipe: Recipe, method: str, stage: int, world: World, directory: Path
     if method == "dsir":
         pool = open_corpus(layout_of(recipe).corpus("pool"), recipe.pretrain.sequence_length)
         items = (tokens for reference in weighted_references(recipe) for tokens in item_tokens(reference))
-        return _Plain(Dsir.fit(items, pieces(pool, _raw_samples(recipe, pool, RAW_SAMPLES))).scores, flops_per_ngram=2)
+        return _Plain(Dsir.fit(items, pieces(pool, _raw_samples(recipe, pool, RAW_SAMPLES))).scores)
     if method == "quality":
-        return _Plain(_quality(recipe).scores, flops_per_ngram=2)
+        return _Plain(_quality(recipe).scores)
     if method == "ratings":
         assert recipe.baselines.ratings is not None
         path = Path(recipe.baselines.ratings)
@@ -127,7 +128,6 @@ class _Plain:
     """Scores from tokens by a formula over n-grams."""
 
     scores: Callable[[npt.NDArray[np.integer[Any]]], Floats]
-    flops_per_ngram: int
 
     def prepare(self, samples: Samples) -> Callable[[], Scores]:
         """See :class:`Scorer`."""
@@ -135,7 +135,7 @@ class _Plain:
 
     def forward_flops(self, samples: int, length: int) -> float:
         """See :class:`Scorer`."""
-        return float(self.flops_per_ngram * samples * (2 * length - 1))
+        return ngram_flops(samples, length)
 
 
 @dataclass(frozen=True)

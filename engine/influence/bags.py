@@ -34,3 +34,8 @@ def ngram_features(windows: npt.NDArray[np.integer[Any]]) -> sparse.csr_array:
     norms = np.sqrt(np.add.reduceat(features.data**2, features.indptr[:-1])) if length else np.ones(n)
     features.data /= np.repeat(norms, np.diff(features.indptr))
     return features
+
+
+def ngram_flops(samples: int, length: int) -> float:
+    """FLOPs of a weighted sum over the n-grams of samples of ``length`` tokens: a multiply-add for each."""
+    return 2.0 * samples * (2 * length - 1)

@@ -16,6 +16,7 @@ from mates.engine.baselines.quality import QualityClassifier, packed
 from mates.engine.config import Recipe
 from mates.engine.data.corpus import Corpus, open_corpus
 from mates.engine.data.index import load_array
+from mates.engine.influence.bags import ngram_flops
 from mates.engine.influence.model import Samples, Windows
 from mates.engine.layout import layout_of
 from mates.engine.probe.stage import label_weights, probed_samples
@@ -76,9 +77,8 @@ class ExtraFeatures:
         return replace(self, standard=np.stack([raw.mean(0), np.where(spread > 0, spread, 1.0)]))
 
     def flops(self, samples: int, length: int) -> float:
-        """FLOPs of computing them for samples of ``length`` tokens: a look-up and an addition for each n-gram."""
-        tables = len(self.ratios) + len(self.classifiers)
-        return 2.0 * samples * ((length - 1 if self.language_model else 0) + tables * (2 * length - 1))
+        """FLOPs of computing them for samples of ``length`` tokens."""
+        return feature_flops(samples, length, difficulty=self.language_model is not None, tables=len(self.ratios) + len(self.classifiers))
 
     def save(self, directory: Path) -> None:
         """Write what :meth:`load` reads; nothing where there are no features."""
@@ -127,6 +127,12 @@ class ExtraFeatures:
 
 
 NO_FEATURES = ExtraFeatures()
+
+
+def feature_flops(samples: int, length: int, *, difficulty: bool, tables: int) -> float:
+    """FLOPs of a look-up and an addition for each next token, if ``difficulty`` is a feature, and for each n-gram in each of the tables of
+    relevance and quality."""
+    return 2.0 * samples * difficulty * (length - 1) + tables * ngram_flops(samples, length)
 
 
 def feature_inputs(recipe: Recipe) -> dict[str, str]:

@@ -16,7 +16,7 @@ from scipy import sparse
 from scipy.sparse.linalg import lsmr
 
 from mates.engine.data.index import load_array
-from mates.engine.influence.bags import BUCKETS, ngram_features
+from mates.engine.influence.bags import BUCKETS, ngram_features, ngram_flops
 from mates.engine.influence.features import NO_FEATURES, ExtraFeatures
 from mates.engine.influence.model import Samples, Scores
 from mates.engine.probe.fidelity import pearson, spearman
@@ -113,11 +113,6 @@ class NgramModel:
         if values.shape[1] != expected:
             raise ArtifactError(f"{directory / WEIGHTS_FILE}: {values.shape[1]} weights, expected {expected}; fit the model again")
         return cls(tuple(NgramRidge(row[:-1], float(row[-1])) for row in values), extra)
-
-
-def ngram_flops(samples: int, length: int) -> float:
-    """FLOPs of predicting samples of ``length`` tokens: a multiply-add for each n-gram."""
-    return 2.0 * samples * (2 * length - 1)
 
 
 def ridge_flops(labels: int, length: int) -> float:
