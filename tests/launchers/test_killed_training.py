@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from small_disks import resize, small_disk_at
-from training import STEPS, command, fingerprint, finish, logged, run_undisturbed, write_recipe
+from training import STEPS, command, fingerprint, finish, logged, run_undisturbed, session_folder, write_recipe
 
 from mates.engine.pretrain.checkpoint import LOSSES
 from mates.engine.pretrain.stage import superseded
@@ -32,7 +32,7 @@ MARK = "MATES_TEST_RUN"
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.getbasetemp() / "training")
+    return write_recipe(session_folder(tmp_path_factory))
 
 
 @pytest.fixture(scope="module")

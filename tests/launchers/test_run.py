@@ -26,6 +26,7 @@ RECIPE: dict[str, Any] = {
     "reference": {"items": 24, "test_items": 24},
     "model": {"hidden_size": 32, "layers": 2, "heads": 2, "max_positions": 256},
     "pretrain": {
+        "precision": "fp32",
         "sequence_length": 64,
         "batch_size": 8,
         "micro_batch_size": 4,

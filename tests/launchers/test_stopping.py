@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from training import STEPS, command, fingerprint, finish, logged, run_undisturbed, write_recipe
+from training import STEPS, command, fingerprint, finish, logged, run_undisturbed, session_folder, write_recipe
 
 from mates.preprocess import artifact
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.getbasetemp() / "training")
+    return write_recipe(session_folder(tmp_path_factory))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,8 @@ def test_signals_stop_a_run_that_then_continues(recipe: Path, undisturbed: Path,
     assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_goes_on_with_other_processes_and_another_zero_stage(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     """2 ranks, then 1, then 2; ZeRO-2, then 3. The samples of each step are the same, and the losses but for the order of sums."""
     run_dir = tmp_path / "run"

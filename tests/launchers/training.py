@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from mates.launchers.local import console_script
@@ -21,6 +26,7 @@ RECIPE: dict[str, Any] = {
     "reference": {"items": 8, "test_items": 8},
     "model": {"hidden_size": 32, "layers": 2, "heads": 2, "max_positions": 256},
     "pretrain": {
+        "precision": "fp32",
         "sequence_length": 64,
         "batch_size": 4,
         "micro_batch_size": 2,
@@ -35,20 +41,35 @@ RECIPE: dict[str, Any] = {
 }
 
 
-@cache  # the test files of a session share the data and the undisturbed run
+def session_folder(factory: pytest.TempPathFactory) -> Path:
+    """Where test files share the data and the undisturbed run, in whichever of the session's processes they are."""
+    base = factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "training"
+
+
+@cache
 def write_recipe(folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"data_dir": str(folder / "data")}))
+    with locked(folder):
+        path.write_text(yaml.safe_dump(RECIPE | {"data_dir": str(folder / "data")}))
     return path
 
 
 @cache
 def run_undisturbed(recipe: Path) -> Path:
     run_dir = recipe.with_name("undisturbed")
-    done = finish(recipe, run_dir)
+    with locked(recipe.parent):  # where another has made it, all steps are skipped
+        done = finish(recipe, run_dir)
     assert done.returncode == 0, done.stderr
     return run_dir
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def command(recipe: Path, run_dir: Path, *more: str) -> list[str]:

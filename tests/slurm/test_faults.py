@@ -76,6 +76,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         data_dir=str(folder / "data"),
         methods=["random"],
         pretrain=PretrainConfig(
+            precision="fp32",
             sequence_length=32,
             batch_size=4,
             micro_batch_size=2,

@@ -41,7 +41,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         tmp_path_factory.mktemp("launch"),
         fit=FitConfig(hidden_size=32, epochs=1),
         score=ScoreConfig(chunk_size=8),
-        pretrain=PretrainConfig(sequence_length=32, batch_size=4, micro_batch_size=2, stages=2, steps_per_stage=25, warmup_steps=5),
+        pretrain=PretrainConfig(
+            precision="fp32", sequence_length=32, batch_size=4, micro_batch_size=2, stages=2, steps_per_stage=25, warmup_steps=5
+        ),
         launch=LaunchConfig(processes=2, threads=1, timeout_minutes=1, slurm=SLURM),
     )
     build_shared(made, ["mates"], ["probe"])
@@ -189,7 +191,9 @@ def test_ranks_on_two_nodes_write_the_corpus_of_one_process(
 def test_a_whole_run_is_the_local_one(cluster: Cluster, tmp_path: Path) -> None:
     """Preprocess, n-gram models and selection on one node each, all others on both; two methods side by side."""
     launch = LaunchConfig(processes=2, threads=1, slurm=SLURM)
-    pretrain = PretrainConfig(sequence_length=32, batch_size=4, micro_batch_size=2, stages=2, steps_per_stage=10, warmup_steps=5)
+    pretrain = PretrainConfig(
+        precision="fp32", sequence_length=32, batch_size=4, micro_batch_size=2, stages=2, steps_per_stage=10, warmup_steps=5
+    )
     recipe = make_recipe(tmp_path, fit=FitConfig(model="ngram"), pretrain=pretrain, launch=launch)
     write_recipe(tmp_path / "local.yaml", recipe)
     write_recipe(tmp_path / "slurm.yaml", replace(recipe, launch=replace(launch, nodes=2), run_dir=str(tmp_path / "slurm")))
@@ -227,7 +231,9 @@ def test_a_request_to_stop_reaches_ranks_on_other_machines(cluster: Cluster, tmp
 
 def long_run(folder: Path) -> tuple[Path, Path]:
     """A run up to the index of a stage of many steps, and its recipe."""
-    pretrain = PretrainConfig(sequence_length=32, batch_size=4, micro_batch_size=2, stages=1, steps_per_stage=700, warmup_steps=5)
+    pretrain = PretrainConfig(
+        precision="fp32", sequence_length=32, batch_size=4, micro_batch_size=2, stages=1, steps_per_stage=700, warmup_steps=5
+    )
     long = make_recipe(folder, pretrain=pretrain, launch=LaunchConfig(processes=2, threads=1, slurm=SLURM))
     build_data(long)
     build_step(long, Step("select", "shared", 0))

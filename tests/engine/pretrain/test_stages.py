@@ -19,7 +19,7 @@ from mates.engine.config import EvaluateConfig, ModelConfig, PretrainConfig, Rec
 from mates.engine.data.index import read_index
 from mates.engine.distributed import World
 from mates.engine.layout import layout_of
-from mates.engine.pretrain import checkpoint
+from mates.engine.pretrain import checkpoint, meter
 from mates.engine.pretrain.meter import matmul_tflops
 from mates.engine.pretrain.stage import new_trainer, open_train_corpus, pretrain_stage
 from mates.engine.pretrain.trainer import Trainer
@@ -225,3 +225,37 @@ def test_a_tracker_that_is_not_installed_is_named(recipe: Recipe, world: World, 
 def test_the_peak_is_measured_where_it_is_not_stated() -> None:
     """Of one thread: not more than any core has, not less than a hundredth of it."""
     assert 1e-3 < matmul_tflops(torch.device("cpu"), torch.float32, size=256) < 10
+
+
+@pytest.mark.parametrize(("rate", "sizes"), [(1e9, [256]), (2.7e9, [256, 512]), (1e11, [256, 512, 1024])])
+def test_products_that_would_take_long_are_not_measured(monkeypatch: pytest.MonkeyPatch, rate: float, sizes: list[int]) -> None:
+    """A product of 512 rows takes 0.27 and 0.099 s at the first two rates, one of 1,024 eight times that."""
+    measured = []
+
+    def rates(device: torch.device, dtype: torch.dtype, *, size: int, repeats: int) -> list[float]:
+        measured.append(size)
+        return [rate / 2] * (repeats - 1) + [rate]
+
+    monkeypatch.setattr(meter, "matmul_rates", rates)
+    assert matmul_tflops(torch.device("cpu"), torch.bfloat16) == rate / 1e12
+    assert measured == sizes
+
+
+@pytest.mark.parametrize(
+    ("precision", "bf16", "stated", "said"),
+    [("bf16", 1e9, None, True), ("bf16", 4e10, None, False), ("fp32", 1e9, None, False), ("bf16", 1e9, 1.0, False)],
+)
+def test_a_cpu_that_is_slow_in_bf16_is_said(
+    recipe: Recipe,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    precision: Any,
+    bf16: float,
+    stated: float | None,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(meter, "matmul_rates", lambda _device, dtype, **_: [bf16 if dtype == torch.bfloat16 else 6e10])
+    changed = replace(recipe, pretrain=replace(recipe.pretrain, precision=precision), launch=replace(recipe.launch, peak_tflops=stated))
+    meter.Meter(changed, world, flops_per_step=1.0)
+    assert ("this CPU multiplies fp32 60 times as fast as bf16; pretrain.precision: fp32" in capsys.readouterr().out) == said
