@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from mates.engine.progress import Progress, say
 from mates.preprocess import artifact
 
 PLAN, SECONDS = "plan.json", "seconds.json"
+PATIENCE = 20.0
+"""Seconds without another chunk after which a rank that is done waits in a barrier, which has a limit of its own."""
 
 
 def run_chunks(
@@ -33,7 +35,7 @@ def run_chunks(
     started: float,
     team: int = 1,
 ) -> float:
-    """Make the missing chunk files of ``directory``; of n teams of ranks, team t makes chunks t, t + n, ….
+    """Make the missing chunk files of ``directory``; n teams of ranks take turns with them.
 
     What each attempt took is kept beside the chunks, so that an interrupted step's cost is the sum of its attempts.
 
@@ -50,18 +52,33 @@ def run_chunks(
     world.same(lambda: _adopt(directory, artifact.normalise(dict(plan)), label))
     # listed once for all, since the ranks of a team must agree
     listed: list[int] = world.same(lambda: [number for number in range(chunks) if not (directory / file_name(number)).exists()])
-    own = range(world.rank // team, chunks, world.size // team)
-    missing = [number for number in listed if number in own]
+    own = listed[world.rank // team :: world.size // team]
     spent = world.same(lambda: read_seconds(directory))
-    with Progress(label, len(own), "chunk", done=len(own) - len(missing), enabled=world.first) as progress:
-        for number, finish in _begun(missing, begin) if begin else _plain(missing, make):
+    slowest, done = 0.0, (chunks - len(listed)) * team // world.size
+    with Progress(label, done + len(own), "chunk", done=done, enabled=world.first) as progress:
+        for number, finish in _begun(own, begin) if begin else _plain(own, make):
+            begun = time.perf_counter()
             finish(directory / file_name(number))
+            slowest = max(slowest, time.perf_counter() - begun)
             progress.add()
             if world.first:
                 artifact.write_json(directory / SECONDS, spent + time.perf_counter() - started)
+    if world.size > 1:
+        _await(directory, (file_name(number) for number in listed if number not in own), max(PATIENCE, 10 * slowest))
     world.barrier()
     total: float = spent + time.perf_counter() - started
     return total
+
+
+def _await(directory: Path, files: Iterable[str], patience: float) -> None:
+    """Wait for the chunks of others as long as one comes every ``patience`` seconds: a barrier alone would give up on ranks that are
+    merely slower, and finds those that have died."""
+    missing, began = set(files), time.monotonic()
+    last = began
+    while (left := missing.difference(path.name for path in directory.iterdir())) and time.monotonic() - last < patience:
+        if len(left) < len(missing):
+            missing, last = left, time.monotonic()
+        time.sleep(min(0.1 + (time.monotonic() - began) / 20, patience / 10))
 
 
 def _plain(numbers: Sequence[int], make: Callable[[int, Path], None] | None) -> Iterator[tuple[int, Callable[[Path], None]]]:

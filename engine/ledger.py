@@ -177,6 +177,7 @@ def _data_manifests(recipe: Recipe, verb: str) -> dict[str, Manifest | None]:
         "preprocess": {f"corpus/{split}": (layout.corpus(split), "corpus") for split in SPLITS},
         "reference": {f"reference/{half}": (layout.reference(half), "reference") for half in ("train", "test")},
     }
+    folders["reference"] |= {f"reference/{task.name}": (layout.further_reference(task.name), "reference") for task in recipe.reference.more}
     return {name: _load(*place) for name, place in folders[verb].items()}
 
 

@@ -192,12 +192,19 @@ def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int)
     branches = checkpoints if recipe.probe.after_decay else 0  # weights and moments of each decay branch, for the probe
     scored = [method for method in recipe.methods if needs_scores(method, recipe.pretrain.stages - 1)]
     scores = sum(len(label_weights(recipe)) if method in INFLUENCE_METHODS else 1 for method in scored)
+    train = 1 - recipe.corpus.pool_share - recipe.corpus.holdout_share
     scorer = 3 if recipe.corpus.scorer_tokenizer else 0  # about as many encoder tokens, mostly of 2 bytes, and a count
-    return {
-        "corpora": float(tokens * (token_dtype(vocab).itemsize + scorer)),
+    found = {
+        "corpora": float(tokens / train * (token_dtype(vocab).itemsize + scorer)),
         "checkpoints (all kept)": float((checkpoints * CHECKPOINT_BYTES + branches * STATE_BYTES) * parameters),
         "scores and indices": float(sum(sizes) * 4 * scores + sum(sizes) * 8 * recipe.select.ratio * len(recipe.methods)),
     }
+    if recipe.select.materialize:
+        trained = recipe.pretrain.steps_per_stage * recipe.pretrain.tokens_per_step
+        found["copies of selected samples"] = float(checkpoints * trained * token_dtype(vocab).itemsize)
+    if "semdedup" in recipe.methods:  # of one stage at a time, in chunks and in one piece
+        found["embeddings, for a while"] = float(2 * max(sizes) * 4 * resolve_shape(recipe.model).hidden_size)
+    return found
 
 
 def _memory(recipe: Recipe, shape: ModelShape, rows: int) -> dict[str, float]:

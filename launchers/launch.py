@@ -24,6 +24,7 @@ from mates.launchers.jobs import MPI_VERBS, SHARED_OUT, Job, Resources, job_scri
 from mates.launchers.local import console_script, run_command, run_plain, run_with_deepspeed, step_environment
 from mates.launchers.locks import hold_run, run_lock
 from mates.launchers.recipe import write_recipe
+from mates.launchers.run import check_left
 from mates.launchers.slurm import SlurmError, alive_jobs, submit, wait_for
 from mates.preprocess.artifact import atomic_file
 
@@ -87,6 +88,8 @@ def launch_local(recipe: Recipe, step: Step, resources: Resources) -> None:
             run_with_deepspeed(command, resources.ranks)
         else:
             run_plain(command, resources.ranks)
+        if step.method is not None:
+            check_left(recipe, step)
 
 
 # --- several machines ----------------------------------------------------------------------------------------------

@@ -91,8 +91,13 @@ def step_environment(processes: int, *, follows: bool = True) -> dict[str, str]:
 
 def run_with_deepspeed(command: Sequence[str], processes: int) -> None:
     """Run ``command`` as ``processes`` ranks of the deepspeed launcher. StepFailedError where one fails."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):  # given a number of GPUs, the launcher takes the machine's first ones instead
+        run_plain(command, processes)
+        return
     launcher = [
         console_script("deepspeed"),
+        "--hostfile",
+        os.devnull,  # a container's /job/hostfile would send the ranks to other machines
         "--num_gpus",
         str(processes),
         "--master_port",

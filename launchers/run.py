@@ -5,11 +5,15 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mates.engine.config import Recipe
 from mates.launchers.checks import check_paths, check_sizes
 from mates.launchers.recipe import write_recipe
 from mates.launchers.steps import data_step
+
+if TYPE_CHECKING:
+    from mates.engine.loop import Step
 
 RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
@@ -54,9 +58,21 @@ def run_recipe(recipe: Recipe) -> None:
                     run_with_deepspeed(command, processes)
                 else:
                     run_plain(command, processes)
+                check_left(recipe, step)
             STOPPING.stop()
         path.replace(said)
         say(f"run: done in {time.perf_counter() - started:.0f} s; open {layout_of(recipe).report}")
+
+
+def check_left(recipe: Recipe, step: Step) -> None:
+    """StepFailedError where processes that ended without an error have not left their artifact: the deepspeed launcher says nothing of
+    its own part that was killed."""
+    from mates.engine.loop import step_request
+    from mates.launchers.local import StepFailedError
+
+    request = step_request(recipe, step)
+    if not request.find():
+        raise StepFailedError(f"{step}: its processes ended, and {request.directory} is not whole; the same command continues")
 
 
 def run_on_slurm(recipe: Recipe, *, waits: bool, dry_run: bool) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -209,7 +209,7 @@ def _place(files: PartFiles, split: str, corpus: JoinedCorpus, placement: Placem
         if len(lengths) != part.documents:
             raise _wrong(lengths_file, files)
         _place_file(files, source, corpus.unfinished(tokens.bin), first_token * itemsize, count * itemsize)
-        with corpus.unfinished(tokens.idx).open("r+b") as target:
+        with _opened(corpus.unfinished(tokens.idx)) as target:
             pieces = tokens.layout.pieces(lengths, first_document=at.document, first_sequence=first_sequence, first_token=first_token)
             for offset, data in pieces:
                 target.seek(offset)
@@ -221,11 +221,17 @@ def _place(files: PartFiles, split: str, corpus: JoinedCorpus, placement: Placem
         _place_file(files, counts_file, corpus.unfinished(corpus.counts), at.token, part.tokens)
         counts = np.memmap(counts_file, np.uint8, "r")
         first, starts = starts_of(counts, first_token=at.token, first_scorer_token=at.scorer_token)
-        with corpus.unfinished(corpus.starts).open("r+b") as target:
+        with _opened(corpus.unfinished(corpus.starts)) as target:
             target.seek(8 * first)
             target.write(starts.tobytes())
             target.flush()
             os.fsync(target.fileno())
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file whose parts several processes write, maybe on several machines. For writing only: of a file that can also be read, NFS
+    writes whole pages, and with them what this machine last knew of a neighbour's bytes."""
+    return os.fdopen(os.open(path, os.O_WRONLY), "wb")
 
 
 def _wrong(path: Path, files: PartFiles) -> ArtifactError:
@@ -235,7 +241,7 @@ def _wrong(path: Path, files: PartFiles) -> ArtifactError:
 def _place_file(files: PartFiles, source_file: Path, target_file: Path, offset: int, size: int) -> None:
     if source_file.stat().st_size != size:
         raise _wrong(source_file, files)
-    with target_file.open("r+b") as target, source_file.open("rb") as source:
+    with _opened(target_file) as target, source_file.open("rb") as source:
         copy_into(source, target, offset, size)
         os.fsync(target.fileno())
 

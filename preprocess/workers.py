@@ -157,7 +157,7 @@ def is_locked(handle: IO[bytes]) -> bool:
 def hold_worker_lock(folder: Path) -> IO[bytes]:
     """Mark a folder as having a working process; the kernel takes the mark away with the process. Keep the handle."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = (folder / WORKERS_LOCK).open("ab")
+    handle = (folder / WORKERS_LOCK).open("a+b")  # NFS has shared locks for readers only
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_SH)
     return handle

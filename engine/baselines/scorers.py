@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from mates.preprocess.readers import read_texts
 from mates.preprocess.tokenizer import TokenizerError, open_tokenizer
 
 RAW_SAMPLES = 50_000  # samples of the pool that stand for the raw text, at most
+JOINED = "embeddings.npy"
 OF_CHECKPOINT = ("perplexity", "semdedup")
 KEPT_APART = 0.9  # of different ratings that float32 tells apart, at least: some of many are always as near as its steps
 
@@ -264,12 +265,26 @@ def _semdedup(recipe: Recipe, stage: int, model: _Checkpoint, corpus: Corpus, wo
     plan = {"settings": settings | {"chunk_size": size, "stage": stage, "candidates": count, "seed": recipe.seed}, "inputs": inputs}
     label = f"score semdedup stage {stage}: embeddings"
     run_chunks(directory, plan=plan, chunks=chunks, file_name=name, make=make, world=world, label=label, started=time.perf_counter())
-    embeddings = np.concatenate([load_array(directory / name(number), np.dtype(np.float32), 2) for number in range(chunks)])
+    world.same_after_long(lambda: _join([directory / name(number) for number in range(chunks)], count, directory / JOINED))
+    embeddings = load_array(directory / JOINED, np.dtype(np.float32), 2)
     found = world.same_after_long(lambda: cluster(embeddings, clusters, seed=recipe.seed))
     own = world.gathered(lambda: similarities(embeddings, found, range(world.rank, clusters, world.size)))
     ids = blocks.candidates(stage)
     order = np.argsort(ids)
     return _Similarities(ids[order], np.fmax.reduce(own)[order].astype(np.float32), model)
+
+
+def _join(files: Sequence[Path], rows: int, path: Path) -> None:
+    """Write the arrays of some files one after the other into one, which all ranks then map: it need not fit into any one's memory."""
+    unfinished, at = path.with_name(f".{path.name}.tmp"), 0
+    width = load_array(files[0], np.dtype(np.float32), 2).shape[1]
+    joined = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(rows, width))
+    for file in files:
+        part = load_array(file, np.dtype(np.float32), 2)
+        joined[at : at + len(part)] = part
+        at += len(part)
+    joined.flush()
+    unfinished.replace(path)
 
 
 def _raw_samples(recipe: Recipe, pool: Corpus, most: int) -> Ids:

@@ -55,10 +55,11 @@ def score_stage(recipe: Recipe, world: World, method: str, stage: int) -> Manife
     """Score the candidates of ``stage``; shards of float32 [n, R] in the order of the block."""
     request: Request = world.same(lambda: score_request(recipe, method, stage))
     done: Manifest | None = world.same(request.find)
+    target = request.directory
     if done:
+        world.same(lambda: shutil.rmtree(target.parent / EMBEDDINGS, ignore_errors=True))  # of an attempt that was killed at its end
         return done
     started = time.perf_counter()
-    target = request.directory
     corpus = open_corpus(layout_of(recipe).corpus("train"), recipe.pretrain.sequence_length)
     blocks = make_blocks(recipe, corpus.samples)
     scorer, about = _open_scorer(recipe, world, method, stage)

@@ -253,10 +253,11 @@ class _ShardWriter:
         self._held, self._bytes, self._number = {}, 0, self._number + 1
 
 
-def load(directory: Path, trainer: Trainer, kind: str) -> Manifest:
+def load(directory: Path, trainer: Trainer, kind: str, scratch: Path | None = None) -> Manifest:
     """Restore the engine from a checkpoint whose every file has been hashed against the manifest. All ranks take part.
 
-    One of another number of ranks or ZeRO stage is converted beside it first, which takes as much space again for a while.
+    One of another number of ranks or ZeRO stage is first converted in ``scratch``, a folder that no other job uses meanwhile (by default
+    beside it), which takes as much space again for a while.
 
     Raises:
         ArtifactError: damaged, or not a checkpoint of this kind.
@@ -268,15 +269,14 @@ def load(directory: Path, trainer: Trainer, kind: str) -> Manifest:
         if path is None or client["step"] != manifest.info["step"]:
             raise ArtifactError(f"{directory}: DeepSpeed could not restore step {manifest.info['step']} from it")
     else:
-        _load_reshaped(directory, trainer, *saved_by)
+        _load_reshaped(directory, trainer, *saved_by, scratch or directory.with_name(f".{directory.name}.universal"))
     trainer.updates = int(manifest.info["updates"])
     return manifest
 
 
-def _load_reshaped(directory: Path, trainer: Trainer, ranks: int, zero_stage: int) -> None:
+def _load_reshaped(directory: Path, trainer: Trainer, ranks: int, zero_stage: int, folder: Path) -> None:
     """Restore a checkpoint of other ranks or another ZeRO stage."""
     world, config = trainer.world, trainer.config
-    folder = directory.with_name(f".{directory.name}.universal")
 
     def convert() -> None:
         say(f"{directory}: saved by {ranks} ranks with ZeRO-{zero_stage}; converting for {world.size} with ZeRO-{config.zero_stage}")
@@ -290,10 +290,10 @@ def _load_reshaped(directory: Path, trainer: Trainer, ranks: int, zero_stage: in
                 clip_norm=config.clip_norm,
             )
 
-    world.same(convert)
+    world.same_after_long(convert)
     read_universal(folder, trainer.engine, zero_stage=config.zero_stage)
     world.barrier()
-    world.same(lambda: shutil.rmtree(folder))
+    world.same(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _rows_of(handle: Any, key: str, bounds: Callable[[int], tuple[int, int]] | None) -> torch.Tensor:

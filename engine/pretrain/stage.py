@@ -109,7 +109,9 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     """
     request: Request = world.same(lambda: pretrain_request(recipe, method, stage))
     done: Manifest | None = world.same(request.find)
+    partial = layout_of(recipe).partial_checkpoints(method, stage)
     if done:
+        world.same(lambda: shutil.rmtree(partial, ignore_errors=True))  # what an attempt left that was killed after its last file
         return done
     started = time.perf_counter()
     layout = layout_of(recipe)
@@ -128,7 +130,7 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     run.restore()
     run.train()
     manifest = run.save()
-    world.same(lambda: shutil.rmtree(layout.partial_checkpoints(method, stage), ignore_errors=True))
+    world.same(lambda: shutil.rmtree(partial, ignore_errors=True))
     return manifest
 
 
@@ -196,12 +198,14 @@ class _StageRun:
             manifest = checkpoint.load(newest, self.trainer, "partial checkpoint")
             self.losses = list(checkpoint.read_losses(newest))
             self.saved_steps, self.skipped = len(self.losses), list(manifest.info["skipped"])
-            self.spikes = SpikeWatch(self.recipe.pretrain.spike_sd, manifest.info["recent_nats"])
+            if manifest.info["ranks"] == world.size:  # the worst of more ranks, with fewer samples each, is worse
+                self.spikes = SpikeWatch(self.recipe.pretrain.spike_sd, manifest.info["recent_nats"])
             self.seconds_before = float(manifest.info["seconds"])
             if world.first:
                 say(f"{self._label}: continuing from step {len(self.losses)}")
         elif self.stage > 0:
-            checkpoint.load(self.layout.checkpoint(self.method, self.stage - 1), self.trainer, "checkpoint")
+            parent, own = self.layout.checkpoint(self.method, self.stage - 1), self.layout.partial_checkpoints(self.method, self.stage)
+            checkpoint.load(parent, self.trainer, "checkpoint", scratch=own / ".universal")
 
     def _newest_partial(self) -> Path | None:
         folder = self.layout.partial_checkpoints(self.method, self.stage)

@@ -103,10 +103,10 @@ def select_stage(recipe: Recipe, method: str, stage: int, world: World | None = 
         world.same(lambda: (directory / LEFT_FILE).unlink(missing_ok=True))
     files = [INDEX_FILE]
     if recipe.select.materialize:
-        world.same(lambda: _materialize(directory, corpus))
+        world.same_after_long(lambda: _materialize(directory, corpus))
         files += [f"{SELECTED_NAME}.bin", f"{SELECTED_NAME}.idx"]
     cost = Cost(seconds=time.perf_counter() - start)
-    result: Manifest = world.same(lambda: request.commit(info=info, cost=cost, files=files, identity=[INDEX_FILE]))
+    result: Manifest = world.same_after_long(lambda: request.commit(info=info, cost=cost, files=files, identity=[INDEX_FILE]))
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 from ranks import in_threads
 
 from mates.engine import distributed
-from mates.engine.chunks import PLAN, run_chunks
+from mates.engine.chunks import PLAN, _await, run_chunks
 from mates.engine.distributed import World
 from mates.preprocess import artifact
 
@@ -32,8 +32,8 @@ def begin(number: int) -> Callable[[Path], None]:
     return lambda path: make(number, path)
 
 
-def made(directory: Path) -> list[int]:
-    return [int(np.load(directory / name(number))[0]) for number in range(5)]
+def made(directory: Path, chunks: int = 5) -> list[int]:
+    return [int(np.load(directory / name(number))[0]) for number in range(chunks)]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -76,6 +76,52 @@ def test_an_error_while_beginning_is_the_steps_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such sample"):
         run_chunks(tmp_path / "work", plan=PLANNED, chunks=5, file_name=name, begin=fails, world=ALONE, label="test", started=0.0)
     assert (tmp_path / "work" / name(1)).exists()
+
+
+def test_ranks_wait_in_no_barrier_while_others_make_chunks(tmp_path: Path) -> None:
+    """A barrier gives up after a while, on ranks that are merely slower, too."""
+    folder, found = tmp_path / "work", []
+
+    def work(world: World) -> None:
+        class Watched(type(world)):  # type: ignore[misc]
+            def barrier(self) -> None:
+                found.append(made(folder, 20))
+                super().barrier()
+
+        def slowly(number: int, path: Path) -> None:
+            time.sleep(0.03 * world.rank)
+            make(number, path)
+
+        watched = Watched(world.rank, world.size, world.device)
+        run_chunks(folder, plan=PLANNED, chunks=20, file_name=name, make=slowly, world=watched, label="test", started=0.0)
+
+    in_threads(2, work)
+    assert found == [list(range(20))] * 2
+
+
+def test_chunks_that_do_not_come_are_waited_for_in_a_barrier(tmp_path: Path) -> None:
+    _await(tmp_path, ["never"], 0.05)
+
+
+@pytest.mark.parametrize("left", [[0, 2, 4, 6], [5], []])
+def test_missing_chunks_are_dealt_out_to_all(tmp_path: Path, left: list[int]) -> None:
+    """Whose they would have been at first does not matter."""
+    folder, by = tmp_path / "work", {}
+
+    def work(world: World) -> None:
+        def noted(number: int, path: Path) -> None:
+            by[number] = world.rank
+            make(number, path)
+
+        run_chunks(folder, plan=PLANNED, chunks=8, file_name=name, make=noted, world=world, label="test", started=0.0)
+
+    in_threads(2, work)
+    for number in left:
+        (folder / name(number)).unlink()
+    by.clear()
+    in_threads(2, work)
+    assert by == {number: place % 2 for place, number in enumerate(left)}
+    assert made(folder, 8) == list(range(8))
 
 
 def test_others_hear_of_long_work(monkeypatch: pytest.MonkeyPatch) -> None:

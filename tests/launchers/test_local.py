@@ -37,6 +37,14 @@ def test_deepspeed_ranks_find_each_other(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("01", "2 3.0 from rank 0")
 
 
+def test_ranks_of_training_see_the_devices_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deepspeed launcher would have given them the first ones."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    script = "import os, sys; open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    run_with_deepspeed([sys.executable, "-c", script, str(tmp_path)], processes=2)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "3,1", "1": "3,1"}
+
+
 def test_an_exception_on_rank_0_reaches_all_ranks(tmp_path: Path) -> None:
     script = """
 import sys
