@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_run import build_data, build_step, make_recipe
 
 from mates.engine.config import FitConfig, LaunchConfig, PretrainConfig, Recipe, RecipeError, ResourcesConfig, SlurmConfig
 from mates.engine.layout import layout_of
 from mates.engine.loop import Step, needed_steps, run_steps
 from mates.launchers.cli import main
 from mates.launchers.jobs import Job, job_script, resources_of
-from mates.launchers.launch import Host, read_hosts, with_ranks
-from mates.launchers.local import console_script
+from mates.launchers.launch import Host, Options, read_hosts, start, with_ranks
+from mates.launchers.local import StepFailedError, console_script
 from mates.launchers.locks import RunBusyError, run_lock
+from mates.launchers.run import run_recipe
 from mates.launchers.slurm import before
 from mates.preprocess.artifact import MANIFEST_NAME
 
@@ -240,3 +242,18 @@ def test_status_of_a_run_on_this_machine(tmp_path: Path, capsys: pytest.CaptureF
         assert states()[str(step)] == ("running", f"8/{recipe.pretrain.steps_per_stage} steps saved")
         with pytest.raises(RunBusyError, match="another `mates run` is working here"), run_lock(tmp_path / "run"):
             pass
+
+
+@pytest.mark.parametrize("launch", [False, True])
+def test_a_step_that_left_nothing_has_failed(launch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the deepspeed launcher ends with 0 where a part of it is killed."""
+    recipe = make_recipe(tmp_path, methods=["random"])
+    build_data(recipe)
+    build_step(recipe, Step("select", "shared", 0))
+    for module in ("local", "launch"):
+        monkeypatch.setattr(f"mates.launchers.{module}.run_with_deepspeed", lambda _command, _processes: None)
+    with pytest.raises(StepFailedError, match=r"pretrain shared stage 0: its processes ended, and \S+checkpoint is not whole"):
+        if launch:
+            start("local", recipe, Step("pretrain", "shared", 0), Options())
+        else:
+            run_recipe(recipe)
