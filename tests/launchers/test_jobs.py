@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mates.engine.layout import layout_of
 from mates.engine.loop import Step, needed_steps, run_steps
 from mates.launchers.cli import main
 from mates.launchers.jobs import Job, job_script, resources_of
-from mates.launchers.launch import Host, Options, read_hosts, start, with_ranks
+from mates.launchers.launch import Host, launch_local, read_hosts, with_ranks
 from mates.launchers.local import StepFailedError, console_script
 from mates.launchers.locks import RunBusyError, run_lock
 from mates.launchers.run import run_recipe
@@ -26,6 +27,7 @@ from mates.launchers.slurm import before
 from mates.preprocess.artifact import MANIFEST_NAME
 
 PRETRAIN, PREPROCESS, TOKENIZER = Step("pretrain", "mates", 1), Step("preprocess"), Step("tokenizer")
+FIRST = Step("pretrain", "shared", 0)
 SCORE, DSIR = Step("score", "mates", 1), Step("score", "dsir", 1)
 
 
@@ -244,16 +246,13 @@ def test_status_of_a_run_on_this_machine(tmp_path: Path, capsys: pytest.CaptureF
             pass
 
 
-@pytest.mark.parametrize("launch", [False, True])
-def test_a_step_that_left_nothing_has_failed(launch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begin", [run_recipe, lambda recipe: launch_local(recipe, FIRST, resources_of(recipe, FIRST))])
+def test_a_step_that_left_nothing_has_failed(begin: Callable[[Recipe], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the deepspeed launcher ends with 0 where a part of it is killed."""
     recipe = make_recipe(tmp_path, methods=["random"])
     build_data(recipe)
-    build_step(recipe, Step("select", "shared", 0))
+    build_step(recipe, replace(FIRST, verb="select"))
     for module in ("local", "launch"):
         monkeypatch.setattr(f"mates.launchers.{module}.run_with_deepspeed", lambda _command, _processes: None)
     with pytest.raises(StepFailedError, match=r"pretrain shared stage 0: its processes ended, and \S+checkpoint is not whole"):
-        if launch:
-            start("local", recipe, Step("pretrain", "shared", 0), Options())
-        else:
-            run_recipe(recipe)
+        begin(recipe)
