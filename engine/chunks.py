@@ -63,16 +63,15 @@ def run_chunks(
             progress.add()
             if world.first:
                 artifact.write_json(directory / SECONDS, spent + time.perf_counter() - started)
-    if world.size > 1:
-        _await(directory, (file_name(number) for number in listed if number not in own), max(PATIENCE, 10 * slowest))
+    _await(directory, map(file_name, listed), max(PATIENCE, 10 * slowest))
     world.barrier()
     total: float = spent + time.perf_counter() - started
     return total
 
 
 def _await(directory: Path, files: Iterable[str], patience: float) -> None:
-    """Wait for the chunks of others as long as one comes every ``patience`` seconds: a barrier alone would give up on ranks that are
-    merely slower, and finds those that have died."""
+    """Wait for files, chunks of other ranks among them, as long as one comes every ``patience`` seconds: a barrier alone would give up on
+    ranks that are merely slower, and finds those that have died."""
     missing, began = set(files), time.monotonic()
     last = began
     while (left := missing.difference(path.name for path in directory.iterdir())) and time.monotonic() - last < patience:

@@ -812,6 +812,15 @@ class LaunchConfig:
             require(not owned, f"launch.deepspeed.zero_optimization.{key}", zero, f"nothing: {place} says it")
 
 
+def check_batches(config: PretrainConfig, ranks: int, whose: str) -> None:
+    """Raise RecipeError unless a batch can be shared out to so many ranks, and each one's part cut into micro-batches. ``whose`` number it
+    is stands in the message."""
+    per_rank, rest = divmod(config.batch_size, ranks)
+    require(rest == 0, "pretrain.batch_size", config.batch_size, f"a multiple of {whose} = {ranks}")
+    fits = per_rank % min(per_rank, config.micro_batch_size) == 0
+    require(fits, "pretrain.micro_batch_size", config.micro_batch_size, f"a divisor of batch_size / processes = {per_rank}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that a run depends on."""
@@ -894,20 +903,7 @@ class Recipe:
         for name, value, nothing in (("select.domains", self.select.domains, ""), ("evaluate.by", self.evaluate.by, "null or ")):
             is_kept = value is None or value in known or bool(self.corpus.union)
             require(is_kept, name, value, f"{nothing}one of corpus.metadata_fields: {', '.join(known)}")
-        share = self.launch.processes
-        require(
-            self.pretrain.batch_size % share == 0,
-            "pretrain.batch_size",
-            self.pretrain.batch_size,
-            f"a multiple of launch.processes = {share}",
-        )
-        per_rank = self.pretrain.batch_size // share
-        require(
-            per_rank % min(per_rank, self.pretrain.micro_batch_size) == 0,
-            "pretrain.micro_batch_size",
-            self.pretrain.micro_batch_size,
-            f"a divisor of batch_size / processes = {per_rank}",
-        )
+        check_batches(self.pretrain, self.launch.processes, "launch.processes")
         require(
             self.evaluate.decay_steps <= self.pretrain.steps_per_stage,
             "evaluate.decay_steps",

@@ -83,7 +83,7 @@ def make_plan(recipe: Recipe, method: str = "mates") -> Plan:
         tokens_found=found,
         found_is_estimate=estimated,
         flops=_flops(recipe, shape, vocab, rows, method),
-        disk_bytes=_disk(recipe, shape.parameters(rows), found, vocab),
+        disk_bytes=_disk(recipe, shape, rows, found, vocab),
         memory_bytes_per_rank=_memory(recipe, shape, rows),
     )
 
@@ -185,7 +185,7 @@ def _train_labels(recipe: Recipe, probed: list[int]) -> float:
     return (1 - recipe.fit.test_share - recipe.fit.validation_share) * recipe.probe.samples * (1 + sum(earlier) / len(earlier))
 
 
-def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int) -> dict[str, float]:
+def _disk(recipe: Recipe, shape: ModelShape, rows: int, tokens_found: int | None, vocab: int) -> dict[str, float]:
     sizes = block_sizes(recipe)
     tokens = tokens_found or sum(sizes) * recipe.pretrain.sequence_length
     checkpoints = 1 + len(recipe.methods) * (recipe.pretrain.stages - 1)
@@ -196,14 +196,14 @@ def _disk(recipe: Recipe, parameters: int, tokens_found: int | None, vocab: int)
     scorer = 3 if recipe.corpus.scorer_tokenizer else 0  # about as many encoder tokens, mostly of 2 bytes, and a count
     found = {
         "corpora": float(tokens / train * (token_dtype(vocab).itemsize + scorer)),
-        "checkpoints (all kept)": float((checkpoints * CHECKPOINT_BYTES + branches * STATE_BYTES) * parameters),
+        "checkpoints (all kept)": float((checkpoints * CHECKPOINT_BYTES + branches * STATE_BYTES) * shape.parameters(rows)),
         "scores and indices": float(sum(sizes) * 4 * scores + sum(sizes) * 8 * recipe.select.ratio * len(recipe.methods)),
     }
     if recipe.select.materialize:
         trained = recipe.pretrain.steps_per_stage * recipe.pretrain.tokens_per_step
         found["copies of selected samples"] = float(checkpoints * trained * token_dtype(vocab).itemsize)
     if "semdedup" in recipe.methods:  # of one stage at a time, in chunks and in one piece
-        found["embeddings, for a while"] = float(2 * max(sizes) * 4 * resolve_shape(recipe.model).hidden_size)
+        found["embeddings, for a while"] = float(2 * max(sizes) * 4 * shape.hidden_size)
     return found
 
 

@@ -21,10 +21,9 @@ from mates.engine.loop import Step, check_needed, step_request
 from mates.engine.progress import say
 from mates.engine.ranks import PROMISED_WORLD_SIZE, LaunchError, first_host, free_port
 from mates.launchers.jobs import MPI_VERBS, SHARED_OUT, Job, Resources, job_script, jobs_folder, resources_of, step_arguments, step_name
-from mates.launchers.local import console_script, run_command, run_plain, run_with_deepspeed, step_environment
+from mates.launchers.local import console_script, run_command, run_ranks, step_environment
 from mates.launchers.locks import hold_run, run_lock
 from mates.launchers.recipe import write_recipe
-from mates.launchers.run import check_left
 from mates.launchers.slurm import SlurmError, alive_jobs, submit, wait_for
 from mates.preprocess.artifact import atomic_file
 
@@ -84,12 +83,7 @@ def launch_local(recipe: Recipe, step: Step, resources: Resources) -> None:
     with run_lock(recipe.path()) as note:
         note(step)
         write_recipe(recipe_path(recipe, step), recipe)
-        if step.verb == "pretrain":
-            run_with_deepspeed(command, resources.ranks)
-        else:
-            run_plain(command, resources.ranks)
-        if step.method is not None:
-            check_left(recipe, step)
+        run_ranks(recipe, step, command, resources.ranks)
 
 
 # --- several machines ----------------------------------------------------------------------------------------------

@@ -14,13 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from mates.engine.config import Recipe
 from mates.engine.distributed import PARENT, process_identity
+from mates.engine.layout import layout_of
 from mates.engine.pretrain.vigilance import STOP_SIGNALS, StopRequestedError
 from mates.engine.ranks import PROMISED_WORLD_SIZE, free_port
+from mates.preprocess.artifact import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from mates.engine.loop import Step
 
 
 class StopForwarding:
@@ -105,6 +112,23 @@ def run_with_deepspeed(command: Sequence[str], processes: int) -> None:
         "--quiet",
     ]
     _wait([_start([*launcher, "--no_python", "--no_local_rank", *command], step_environment(processes))])
+
+
+def run_ranks(recipe: Recipe, step: Step, command: Sequence[str], processes: int) -> None:
+    """Run a step's ``command`` as ``processes`` ranks on this machine.
+
+    Raises:
+        StepFailedError: a rank failed, or they ended and a stage's artifact is not there: the deepspeed launcher is silent about a part of
+            itself that was killed.
+    """
+    if step.verb == "pretrain":
+        run_with_deepspeed(command, processes)
+    else:
+        run_plain(command, processes)
+    if step.method is not None and step.stage is not None:
+        artifact = layout_of(recipe).of_step(step.verb, step.method, step.stage)
+        if not (artifact / MANIFEST_NAME).is_file():
+            raise StepFailedError(f"{step}: its processes ended, and {artifact} is not whole; the same command continues")
 
 
 def run_plain(command: Sequence[str], processes: int) -> None:

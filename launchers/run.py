@@ -5,15 +5,11 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from mates.engine.config import Recipe
 from mates.launchers.checks import check_paths, check_sizes
 from mates.launchers.recipe import write_recipe
 from mates.launchers.steps import data_step
-
-if TYPE_CHECKING:
-    from mates.engine.loop import Step
 
 RECIPE_FILE, ATTEMPT_FILE = "recipe.yaml", ".recipe.yaml"
 
@@ -30,7 +26,7 @@ def run_recipe(recipe: Recipe) -> None:
     from mates.engine.progress import say
     from mates.engine.select.stage import select_stage
     from mates.launchers.jobs import step_arguments
-    from mates.launchers.local import STOPPING, console_script, run_plain, run_with_deepspeed
+    from mates.launchers.local import STOPPING, console_script, run_ranks
     from mates.launchers.locks import run_lock
 
     check_paths(recipe)
@@ -54,25 +50,10 @@ def run_recipe(recipe: Recipe) -> None:
             elif not step_request(recipe, step).find():
                 command = [console_script("mates"), *step_arguments(step, path)]
                 processes = recipe.launch.processes if step.verb in DISTRIBUTED_VERBS else 1
-                if step.verb == "pretrain":
-                    run_with_deepspeed(command, processes)
-                else:
-                    run_plain(command, processes)
-                check_left(recipe, step)
+                run_ranks(recipe, step, command, processes)
             STOPPING.stop()
         path.replace(said)
         say(f"run: done in {time.perf_counter() - started:.0f} s; open {layout_of(recipe).report}")
-
-
-def check_left(recipe: Recipe, step: Step) -> None:
-    """StepFailedError where processes that ended without an error have not left their artifact: the deepspeed launcher says nothing of
-    its own part that was killed."""
-    from mates.engine.loop import step_request
-    from mates.launchers.local import StepFailedError
-
-    request = step_request(recipe, step)
-    if not request.find():
-        raise StepFailedError(f"{step}: its processes ended, and {request.directory} is not whole; the same command continues")
 
 
 def run_on_slurm(recipe: Recipe, *, waits: bool, dry_run: bool) -> None:

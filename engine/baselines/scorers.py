@@ -265,7 +265,7 @@ def _semdedup(recipe: Recipe, stage: int, model: _Checkpoint, corpus: Corpus, wo
     plan = {"settings": settings | {"chunk_size": size, "stage": stage, "candidates": count, "seed": recipe.seed}, "inputs": inputs}
     label = f"score semdedup stage {stage}: embeddings"
     run_chunks(directory, plan=plan, chunks=chunks, file_name=name, make=make, world=world, label=label, started=time.perf_counter())
-    world.same_after_long(lambda: _join([directory / name(number) for number in range(chunks)], count, directory / JOINED))
+    world.same_after_long(lambda: _join([directory / name(number) for number in range(chunks)], directory / JOINED))
     embeddings = load_array(directory / JOINED, np.dtype(np.float32), 2)
     found = world.same_after_long(lambda: cluster(embeddings, clusters, seed=recipe.seed))
     own = world.gathered(lambda: similarities(embeddings, found, range(world.rank, clusters, world.size)))
@@ -274,17 +274,16 @@ def _semdedup(recipe: Recipe, stage: int, model: _Checkpoint, corpus: Corpus, wo
     return _Similarities(ids[order], np.fmax.reduce(own)[order].astype(np.float32), model)
 
 
-def _join(files: Sequence[Path], rows: int, path: Path) -> None:
-    """Write the arrays of some files one after the other into one, which all ranks then map: it need not fit into any one's memory."""
-    unfinished, at = path.with_name(f".{path.name}.tmp"), 0
-    width = load_array(files[0], np.dtype(np.float32), 2).shape[1]
-    joined = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(rows, width))
-    for file in files:
-        part = load_array(file, np.dtype(np.float32), 2)
-        joined[at : at + len(part)] = part
-        at += len(part)
-    joined.flush()
-    unfinished.replace(path)
+def _join(files: Sequence[Path], path: Path) -> None:
+    """Write the rows of some arrays one after the other into one file, which all ranks then map: it need not fit into any one's memory."""
+    if path.exists():  # of an attempt before
+        return
+    parts = [load_array(file, np.dtype(np.float32), 2) for file in files]
+    shape = (sum(map(len, parts)), parts[0].shape[1])
+    with artifact.atomic_file(path) as handle:
+        np.lib.format.write_array_header_1_0(handle, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for part in parts:
+            handle.write(part.data)
 
 
 def _raw_samples(recipe: Recipe, pool: Corpus, most: int) -> Ids:

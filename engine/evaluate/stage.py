@@ -96,8 +96,7 @@ def evaluate_stage(recipe: Recipe, world: World, method: str, stage: int) -> Man
     test = open_reference(layout.reference("test"))
     untracked = replace(recipe, launch=replace(recipe.launch, trackers=[]))  # a branch that is thrown away is no training to be seen
     trainer = new_trainer(untracked, world, corpus)
-    scratch = request.directory.with_name(f".{request.directory.name}.universal")
-    trained = int(checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint", scratch).info["step"])
+    trained = int(checkpoint.load(layout.checkpoint(method, stage), trainer, "checkpoint", request.directory).info["step"])
     index = np.asarray(read_index(layout.index(method, stage), corpus.fingerprint).ids)
     branch_start = time.perf_counter()
     _decay(recipe, trainer, corpus, index, trained, f"evaluate {method} stage {stage}")

@@ -253,11 +253,11 @@ class _ShardWriter:
         self._held, self._bytes, self._number = {}, 0, self._number + 1
 
 
-def load(directory: Path, trainer: Trainer, kind: str, scratch: Path | None = None) -> Manifest:
+def load(directory: Path, trainer: Trainer, kind: str, beside: Path | None = None) -> Manifest:
     """Restore the engine from a checkpoint whose every file has been hashed against the manifest. All ranks take part.
 
-    One of another number of ranks or ZeRO stage is first converted in ``scratch``, a folder that no other job uses meanwhile (by default
-    beside it), which takes as much space again for a while.
+    One of another number of ranks or ZeRO stage is first converted, ``beside`` the artifact that is made from it, since several jobs may
+    start from one checkpoint; by default beside itself. That takes as much space again for a while.
 
     Raises:
         ArtifactError: damaged, or not a checkpoint of this kind.
@@ -269,14 +269,15 @@ def load(directory: Path, trainer: Trainer, kind: str, scratch: Path | None = No
         if path is None or client["step"] != manifest.info["step"]:
             raise ArtifactError(f"{directory}: DeepSpeed could not restore step {manifest.info['step']} from it")
     else:
-        _load_reshaped(directory, trainer, *saved_by, scratch or directory.with_name(f".{directory.name}.universal"))
+        _load_reshaped(directory, trainer, *saved_by, beside or directory)
     trainer.updates = int(manifest.info["updates"])
     return manifest
 
 
-def _load_reshaped(directory: Path, trainer: Trainer, ranks: int, zero_stage: int, folder: Path) -> None:
+def _load_reshaped(directory: Path, trainer: Trainer, ranks: int, zero_stage: int, beside: Path) -> None:
     """Restore a checkpoint of other ranks or another ZeRO stage."""
     world, config = trainer.world, trainer.config
+    folder = beside.with_name(f".{beside.name}.universal")
 
     def convert() -> None:
         say(f"{directory}: saved by {ranks} ranks with ZeRO-{zero_stage}; converting for {world.size} with ZeRO-{config.zero_stage}")

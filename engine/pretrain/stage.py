@@ -109,12 +109,12 @@ def pretrain_stage(recipe: Recipe, world: World, method: str, stage: int, signal
     """
     request: Request = world.same(lambda: pretrain_request(recipe, method, stage))
     done: Manifest | None = world.same(request.find)
-    partial = layout_of(recipe).partial_checkpoints(method, stage)
+    layout = layout_of(recipe)
+    partial = layout.partial_checkpoints(method, stage)
     if done:
         world.same(lambda: shutil.rmtree(partial, ignore_errors=True))  # what an attempt left that was killed after its last file
         return done
     started = time.perf_counter()
-    layout = layout_of(recipe)
     if world.first:
         say(f"pretrain {method} stage {stage}: starting {world.size} rank{'s' * (world.size > 1)} with ZeRO-{recipe.pretrain.zero_stage}")
     corpus = open_train_corpus(recipe)
@@ -204,8 +204,8 @@ class _StageRun:
             if world.first:
                 say(f"{self._label}: continuing from step {len(self.losses)}")
         elif self.stage > 0:
-            parent, own = self.layout.checkpoint(self.method, self.stage - 1), self.layout.partial_checkpoints(self.method, self.stage)
-            checkpoint.load(parent, self.trainer, "checkpoint", scratch=own / ".universal")
+            parent = self.layout.checkpoint(self.method, self.stage - 1)
+            checkpoint.load(parent, self.trainer, "checkpoint", self.request.directory)
 
     def _newest_partial(self) -> Path | None:
         folder = self.layout.partial_checkpoints(self.method, self.stage)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mates.engine.config import PretrainConfig, Recipe, is_installed, require, require_packages
+from mates.engine.config import PretrainConfig, Recipe, check_batches, is_installed, require, require_packages
 from mates.engine.distributed import World
 from mates.engine.pretrain.model import (
     FusedHead,
@@ -108,10 +108,7 @@ class Trainer:
         require_packages(recipe)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         config = recipe.pretrain
-        per_rank, rest = divmod(config.batch_size, world.size)
-        require(rest == 0, "pretrain.batch_size", config.batch_size, f"a multiple of the {world.size} ranks that run")
-        fits = per_rank % min(config.micro_batch_size, per_rank) == 0
-        require(fits, "pretrain.micro_batch_size", config.micro_batch_size, f"a divisor of the {per_rank} samples of each rank that runs")
+        check_batches(config, world.size, "the ranks that run")
         # this op serves inference only; building it costs a minute on a fresh machine and needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)

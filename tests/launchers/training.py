@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ import yaml
 
 from mates.launchers.local import console_script
 from mates.preprocess import artifact
+from mates.preprocess.workers import try_lock
 
 STEPS = 60
 RECIPE: dict[str, Any] = {
@@ -67,8 +67,8 @@ def run_undisturbed(recipe: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with (folder / "lock").open("ab") as handle:
+        assert try_lock(handle, 600)
         yield
 
 
